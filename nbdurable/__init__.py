@@ -1,0 +1,53 @@
+"""Durable execution for Jupyter notebooks: the public names, loaded when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "approve": "nbdurable.kernel.waits",
+    "approve_async": "nbdurable.kernel.waits",
+    "sleep": "nbdurable.kernel.waits",
+    "sleep_async": "nbdurable.kernel.waits",
+    "Decision": "nbdurable.kernel.waits",
+    "current_run": "nbdurable.kernel.context",
+    "result": "nbdurable.kernel.context",
+    "Client": "nbdurable.client",
+    "DurableError": "nbdurable.errors",
+    "load_ipython_extension": "nbdurable.kernel.extension",
+    "unload_ipython_extension": "nbdurable.kernel.extension",
+}
+
+__all__ = [
+    "Client",
+    "Decision",
+    "DurableError",
+    "approve",
+    "approve_async",
+    "current_run",
+    "result",
+    "sleep",
+    "sleep_async",
+]
+
+if TYPE_CHECKING:
+    from nbdurable.client import Client
+    from nbdurable.errors import DurableError
+    from nbdurable.kernel.context import current_run, result
+    from nbdurable.kernel.waits import Decision, approve, approve_async, sleep, sleep_async
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'nbdurable' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,348 @@
+"""The API as data: every endpoint with the shapes of its question and its answer.
+
+The coordinator serves this list, `client.py` calls it; neither writes a path or a field name of its own.
+A question travels as JSON body (POST) or as query parameters (GET); `{name}` in a path comes from the question's
+field of that name. Errors travel as `errors.DurableError.to_wire`. Every request carries the token
+(`Authorization: Bearer …`) and the version (`X-NBDurable-Version`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from nbdurable.models import (
+    JSON,
+    Checkpoint,
+    Driver,
+    DriverKind,
+    ErrorInfo,
+    Event,
+    ProcessIdentity,
+    Run,
+    RunDetail,
+    RunStatus,
+    Shape,
+    SignedManifest,
+    Step,
+    Variable,
+    Wait,
+    WaitKind,
+    WaitStatus,
+)
+
+Question = TypeVar("Question", bound=Shape)
+Answer = TypeVar("Answer", bound=Shape)
+
+HOLD_S = 20.0  # longest time that a long poll is held
+
+
+@dataclass(frozen=True)
+class Endpoint(Generic[Question, Answer]):
+    """One call of the API."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    question: type[Question]
+    answer: type[Answer]
+    about: str
+
+
+class Nothing(Shape):
+    """No fields."""
+
+
+class Health(Shape):
+    pid: int
+    version: str
+    home: str
+    started_at: float
+    open_runs: int
+    workers: int
+
+
+class ByRun(Shape):
+    run_id: str  # a whole id, or a unique prefix or suffix of at least four characters
+
+
+class ByWait(Shape):
+    wait_id: str
+
+
+# Runs ------------------------------------------------------------------------------------------------------
+
+
+class CreateRun(Shape):
+    """Create a headless run (queued), or an interactive one (leased to `driver` at once)."""
+
+    notebook: str
+    kind: DriverKind
+    snapshot: str | None = None  # digest of a blob that the client has written
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    steps_mode: Literal["marked", "all"] = "marked"
+    output: str | None = None
+    kernel_name: str | None = None
+    cwd: str | None = None
+    tags: tuple[str, ...] = ()
+    idempotency_key: str | None = None  # a second request with it returns the first run
+    steps_total: int | None = None
+    driver: Driver | None = None
+
+
+class ListRuns(Shape):
+    status: RunStatus | None = None
+    notebook: str | None = None
+    kind: DriverKind | None = None
+    tag: str | None = None
+    limit: int = 50
+    before: str | None = None  # run id: only older runs
+
+
+class Runs(Shape):
+    runs: tuple[Run, ...]
+
+
+class ReadEvents(Shape):
+    run_id: str
+    after: int = 0  # sequence number
+    hold_s: float = 0.0  # wait that long for the next one (at most HOLD_S)
+    limit: int = 1000
+
+
+class Events(Shape):
+    events: tuple[Event, ...]
+    run: Run
+
+
+class ReadLog(Shape):
+    run_id: str
+    offset: int = 0  # bytes
+    limit: int = 262_144
+
+
+class Log(Shape):
+    text: str
+    next_offset: int
+
+
+class CloseRun(Shape):
+    run_id: str
+    epoch: int
+    reason: str
+
+
+# Driving ---------------------------------------------------------------------------------------------------
+
+
+class LeaseRun(Shape):
+    """Begin to drive a run interactively; LeaseHeld names the driver it has, unless `take_over`."""
+
+    run_id: str
+    driver: Driver
+    take_over: bool = False
+
+
+class LeaseWork(Shape):
+    """Ask for queued headless runs, as a worker; held until there is one or `hold_s` is over."""
+
+    driver: Driver
+    slots: int
+    hold_s: float = 0.0
+
+
+class Work(Shape):
+    """Runs leased to the worker. `stop`: there is nothing to do, and the worker may end."""
+
+    runs: tuple[Run, ...]
+    stop: bool = False
+
+
+class Heartbeat(Shape):
+    """Say that a driver lives; `processes` are those that must end with it (executor, kernel)."""
+
+    run_id: str
+    epoch: int
+    processes: tuple[ProcessIdentity, ...] = ()
+
+
+class Orders(Shape):
+    """What the coordinator wants of a driver. A driver whose lease has passed on gets Fenced instead."""
+
+    cancel: bool = False
+
+
+class EndLease(Shape):
+    """Say how driving ended: the driver's one word about the run's next status.
+
+    `suspend` with no open wait queues the run at once. `lose` may be said by the worker whose executor or kernel
+    died. `leave` is the interactive kernel's goodbye.
+    """
+
+    run_id: str
+    epoch: int
+    how: Literal["complete", "fail", "suspend", "release", "lose", "cancel", "leave"]
+    reason: str
+    error: ErrorInfo | None = None
+
+
+class SetResult(Shape):
+    run_id: str
+    epoch: int
+    result: JSON
+
+
+# Steps -----------------------------------------------------------------------------------------------------
+
+
+class BeginStep(Shape):
+    """Record a decision about a step, with its reason, before it is carried out. Not waited for on disk."""
+
+    run_id: str
+    epoch: int
+    step: str
+    action: Literal["execute", "restore"]
+    reason: str
+    cell_id: str | None = None
+
+
+class Begun(Shape):
+    attempt: int
+    seq: int
+
+
+class CommitStep(Shape):
+    """Commit a checkpoint: answered when it is on disk.
+
+    `status`: completed; waiting (a gate inside the cell: what came before it is kept); replay (`--steps all`).
+    Sent again with the same `attempt` after a lost answer, it gets the first answer.
+    """
+
+    run_id: str
+    epoch: int
+    step: str
+    attempt: int
+    status: Literal["completed", "waiting", "replay"]
+    manifest: SignedManifest
+    variables: tuple[Variable, ...] = ()
+    sentence: str = ""  # e.g. "8.4 s · analysis str 3 kB"
+    line: int | None = None
+
+
+class Committed(Shape):
+    seq: int
+
+
+class FailStep(Shape):
+    run_id: str
+    epoch: int
+    step: str
+    attempt: int
+    error: ErrorInfo
+
+
+class Checkpoints(Shape):
+    """The latest checkpoint of each step that has one, in order of commitment."""
+
+    checkpoints: tuple[Checkpoint, ...]
+
+
+class ReadStep(Shape):
+    run_id: str
+    step: str
+
+
+class StepDetail(Shape):
+    step: Step
+    checkpoint: Checkpoint | None
+
+
+# Waits -----------------------------------------------------------------------------------------------------
+
+
+class OpenWait(Shape):
+    """Open a wait, or return the one that (run, key) has already, answered or not."""
+
+    run_id: str
+    epoch: int
+    key: str
+    kind: WaitKind
+    title: str
+    step: str | None = None
+    value: JSON = None
+    preview: str = ""
+    form: dict[str, Any] | None = None
+    tags: tuple[str, ...] = ()
+    due_in_s: float | None = None  # timers
+
+
+class ReadWait(Shape):
+    wait_id: str
+    hold_s: float = 0.0  # wait that long for its answer
+
+
+class ListWaits(Shape):
+    run_id: str | None = None
+    status: WaitStatus | None = WaitStatus.OPEN
+    kind: WaitKind | None = None
+    limit: int = 500
+
+
+class Waits(Shape):
+    waits: tuple[Wait, ...]
+
+
+class AnswerWait(Shape):
+    """Answer an approval, once. AlreadyAnswered says by whom; the same `nonce` again gets the first answer."""
+
+    wait_id: str
+    approved: bool
+    value: JSON = None
+    edited: bool = False  # whether `value` replaces the proposed one
+    by: str
+    comment: str = ""
+    nonce: str  # chosen by the client, so that a repeated request is known
+
+
+# Store -----------------------------------------------------------------------------------------------------
+
+
+class Query(Shape):
+    sql: str
+    limit: int = 10_000
+
+
+class Table(Shape):
+    columns: tuple[str, ...]
+    rows: tuple[tuple[JSON, ...], ...]
+    truncated: bool = False
+
+
+HEALTH = Endpoint("GET", "/v1/health", Nothing, Health, "Say that the coordinator is there, and which one.")
+SHUTDOWN = Endpoint("POST", "/v1/shutdown", Nothing, Nothing, "End the coordinator cleanly; runs stay.")
+CREATE_RUN = Endpoint("POST", "/v1/runs", CreateRun, Run, "Create a run.")
+LIST_RUNS = Endpoint("GET", "/v1/runs", ListRuns, Runs, "List runs, newest first.")
+GET_RUN = Endpoint("GET", "/v1/runs/{run_id}", ByRun, RunDetail, "Show a run with its steps and waits.")
+READ_EVENTS = Endpoint("GET", "/v1/runs/{run_id}/events", ReadEvents, Events, "Read a run's history, or follow it.")
+READ_LOG = Endpoint("GET", "/v1/runs/{run_id}/log", ReadLog, Log, "Read what a headless run printed.")
+CANCEL_RUN = Endpoint("POST", "/v1/runs/{run_id}/cancel", ByRun, Run, "Cancel a run.")
+RESUME_RUN = Endpoint("POST", "/v1/runs/{run_id}/resume", ByRun, Run, "Queue a paused, failed or cancelled run.")
+CLOSE_RUN = Endpoint("POST", "/v1/runs/{run_id}/close", CloseRun, Run, "End an interactive run.")
+LEASE_RUN = Endpoint("POST", "/v1/runs/{run_id}/lease", LeaseRun, Run, "Begin to drive a run interactively.")
+LEASE_WORK = Endpoint("POST", "/v1/work", LeaseWork, Work, "Lease queued runs.")
+HEARTBEAT = Endpoint("POST", "/v1/runs/{run_id}/heartbeat", Heartbeat, Orders, "Keep a lease.")
+END_LEASE = Endpoint("POST", "/v1/runs/{run_id}/end", EndLease, Run, "End a lease.")
+SET_RESULT = Endpoint("POST", "/v1/runs/{run_id}/result", SetResult, Nothing, "Record the run's result.")
+BEGIN_STEP = Endpoint("POST", "/v1/runs/{run_id}/begin", BeginStep, Begun, "Record a decision about a step.")
+COMMIT_STEP = Endpoint("POST", "/v1/runs/{run_id}/commit", CommitStep, Committed, "Commit a checkpoint.")
+FAIL_STEP = Endpoint("POST", "/v1/runs/{run_id}/fail", FailStep, Nothing, "Record that an attempt failed.")
+CHECKPOINTS = Endpoint("GET", "/v1/runs/{run_id}/checkpoints", ByRun, Checkpoints, "Read a run's checkpoints.")
+GET_STEP = Endpoint("GET", "/v1/runs/{run_id}/step", ReadStep, StepDetail, "Show a step with its manifest.")
+OPEN_WAIT = Endpoint("POST", "/v1/runs/{run_id}/waits", OpenWait, Wait, "Open a wait.")
+LIST_WAITS = Endpoint("GET", "/v1/waits", ListWaits, Waits, "List waits, oldest first.")
+GET_WAIT = Endpoint("GET", "/v1/waits/{wait_id}", ReadWait, Wait, "Show a wait, or wait for its answer.")
+ANSWER_WAIT = Endpoint("POST", "/v1/waits/{wait_id}/answer", AnswerWait, Wait, "Approve or reject.")
+SQL = Endpoint("POST", "/v1/sql", Query, Table, "Query the store, read only.")
+
+ENDPOINTS: tuple[Endpoint[Any, Any], ...] = tuple(value for value in list(globals().values()) if isinstance(value, Endpoint))

@@ -1,0 +1,202 @@
+"""The error tree: every error says what happened, to which object, and what to do next.
+
+    DurableError
+    ├── UsageError              a wrong word from the user (exit status 2)
+    │   ├── StepUsageError      a `%%step` line, or a step cell, that can't be used
+    │   ├── NotebookError       a notebook that is missing, damaged, too old, or has no such kernel
+    │   └── ParameterError      an unknown parameter, or one that can't be passed
+    ├── NotFound                no run, step or wait of that name
+    ├── Conflict                the object is in a state that forbids it
+    │   ├── IllegalMove         the life of a run does not allow it
+    │   ├── AlreadyAnswered     the wait has its one answer
+    │   ├── LeaseHeld           another driver has the run
+    │   └── Fenced              this driver's lease has passed on
+    ├── StoreError              the store can't be opened or written
+    │   ├── StoreTooNew · StoreDamaged · StoreLocked · StoreFull
+    ├── CheckpointError         a checkpoint that can't be written or restored
+    │   ├── BlobMissing · BlobDamaged · BadSignature · NotRestorable
+    └── CoordinatorError        the coordinator is out of reach (exit status 5)
+        ├── CoordinatorUnreachable · WrongVersion · Unauthorized
+
+Control signals are no errors and derive from BaseException: `Suspended`.
+
+An error's class docstring is its title. `slug` survives HTTP: `to_wire` and `from_wire` are inverse.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class DurableError(Exception):
+    """Something went wrong in nbdurable"""
+
+    exit_status: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str = "", *, todo: str = "") -> None:
+        self.message = message or (type(self).__doc__ or "").splitlines()[0]
+        self.todo = todo
+        super().__init__(self.message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.todo))
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  → {self.todo}" if self.todo else self.message
+
+    @classmethod
+    def slug(cls) -> str:
+        """Return the stable name that survives HTTP, e.g. `blob-missing`."""
+        return "".join(f"-{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("-")
+
+    def to_wire(self) -> dict[str, str]:
+        """Return the JSON object that stands for this error in an HTTP answer."""
+        return {"error": self.slug(), "message": self.message, "todo": self.todo}
+
+    def _render_traceback_(self) -> list[str]:
+        """Show one clean message in a notebook instead of a traceback of ours."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def _rebuild(kind: type[DurableError], message: str, todo: str) -> DurableError:
+    return kind(message, todo=todo)
+
+
+class UsageError(DurableError):
+    """That can't be used so"""
+
+    exit_status = 2
+    http_status = 422
+
+
+class StepUsageError(UsageError):
+    """This step cell can't be used so"""
+
+
+class NotebookError(UsageError):
+    """This notebook can't be run"""
+
+
+class ParameterError(UsageError):
+    """This parameter can't be passed"""
+
+
+class NotFound(DurableError):
+    """No such object"""
+
+    exit_status = 2
+    http_status = 404
+
+
+class Conflict(DurableError):
+    """The object is in a state that forbids it"""
+
+    http_status = 409
+
+
+class IllegalMove(Conflict):
+    """The life of a run does not allow it"""
+
+
+class AlreadyAnswered(Conflict):
+    """This wait has been answered already"""
+
+
+class LeaseHeld(Conflict):
+    """Another driver has this run"""
+
+
+class Fenced(Conflict):
+    """This driver's lease has passed on"""
+
+
+class StoreError(DurableError):
+    """The store can't be used"""
+
+
+class StoreTooNew(StoreError):
+    """The store was written by a newer nbdurable"""
+
+
+class StoreDamaged(StoreError):
+    """The store is damaged"""
+
+
+class StoreLocked(StoreError):
+    """Another process owns the store"""
+
+
+class StoreFull(StoreError):
+    """There is no space left to commit"""
+
+    http_status = 507
+
+
+class CheckpointError(DurableError):
+    """This checkpoint can't be used"""
+
+
+class BlobMissing(CheckpointError):
+    """A blob of this checkpoint is missing"""
+
+    http_status = 404
+
+
+class BlobDamaged(CheckpointError):
+    """A blob of this checkpoint is not what was written"""
+
+
+class BadSignature(CheckpointError):
+    """The signature of this checkpoint does not match this project's key"""
+
+
+class NotRestorable(CheckpointError):
+    """A value of this checkpoint can't be restored"""
+
+
+class CoordinatorError(DurableError):
+    """The coordinator is out of reach"""
+
+    exit_status = 5
+
+
+class CoordinatorUnreachable(CoordinatorError):
+    """The coordinator does not answer"""
+
+
+class WrongVersion(CoordinatorError):
+    """The coordinator is of another version"""
+
+
+class Unauthorized(CoordinatorError):
+    """The coordinator does not accept this token"""
+
+    http_status = 401
+
+
+class Suspended(BaseException):
+    """Control signal: the run waits, and the headless kernel is given back.
+
+    Derives from BaseException so that `except Exception` in a cell does not swallow it.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+
+    def _render_traceback_(self) -> list[str]:
+        return [self.sentence]
+
+
+def _tree(kind: type[DurableError]) -> dict[str, type[DurableError]]:
+    found = {kind.slug(): kind}
+    for child in kind.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+def from_wire(body: dict[str, Any]) -> DurableError:
+    """Rebuild the error that an HTTP answer stands for; an unknown slug becomes DurableError."""
+    kind = _tree(DurableError).get(str(body.get("error", "")), DurableError)
+    return kind(str(body.get("message", "")), todo=str(body.get("todo", "")))

@@ -1,0 +1,225 @@
+"""The words: frozen shapes of everything that crosses a boundary (API, store, pages, JSON output).
+
+Owns the vocabulary of `design.md` §2 and nothing else: no I/O, no clock, no decisions.
+Times are seconds since the epoch (UTC, float); digests are hex BLAKE3.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+JSON = Any  # any JSON value
+
+
+class Shape(BaseModel):
+    """Frozen base of all shapes; unknown fields are refused, so that versions cannot drift silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING = "waiting"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Tell whether nothing happens to the run any more by itself or by a driver."""
+        return self in (RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED)
+
+
+class DriverKind(StrEnum):
+    INTERACTIVE = "interactive"
+    HEADLESS = "headless"
+
+
+class StepStatus(StrEnum):
+    RUNNING = "running"
+    WAITING = "waiting"  # suspended at a wait inside the cell; what came before it is checkpointed
+    COMPLETED = "completed"
+    FAILED = "failed"
+    REPLAY = "replay"  # `--steps all` only: its variables can't be saved, so it runs again on resume
+
+
+class WaitKind(StrEnum):
+    APPROVAL = "approval"
+    TIMER = "timer"
+
+
+class WaitStatus(StrEnum):
+    OPEN = "open"
+    ANSWERED = "answered"
+    CANCELLED = "cancelled"
+
+
+class ProcessIdentity(Shape):
+    """A process, told apart from a later one with the same pid by its start time."""
+
+    host: str
+    pid: int
+    started_at: float
+    role: Literal["kernel", "worker", "executor"]
+
+
+class Driver(Shape):
+    """Who drives a run: the process whose life the lease follows, and a name for people."""
+
+    kind: DriverKind
+    process: ProcessIdentity
+    label: str = ""  # e.g. "kernel 4711 on host", "worker 4712"
+
+
+class ErrorInfo(Shape):
+    """An exception of the user's code (or ours) as text; never pickled."""
+
+    name: str
+    message: str
+    traceback: str = ""  # plain text, no ANSI
+
+
+class Attempt(Shape):
+    """One try at a step."""
+
+    number: int
+    status: Literal["running", "waiting", "completed", "failed", "lost"]
+    epoch: int
+    started_at: float
+    ended_at: float | None = None
+    error: ErrorInfo | None = None
+
+
+class Variable(Shape):
+    """What people see of a variable of a checkpoint; the value itself is in blobs."""
+
+    name: str
+    type: str
+    bytes: int = 0
+    state: Literal["saved", "deleted", "unsaved"] = "saved"
+    shape: str = ""  # "list[10]", "1000 × 3", "" where there is none
+    preview: str = ""  # plain text, bounded
+    reason: str = ""  # why it was not saved, and what to do
+
+
+class Step(Shape):
+    """A `%%step` cell in a run, as `nbdurable show` prints it."""
+
+    name: str
+    status: StepStatus
+    reason: str  # of the latest decision: why it ran or was restored
+    executions: int = 0  # times its body was started
+    restores: int = 0  # times a checkpoint was put back instead
+    attempts: tuple[Attempt, ...] = ()
+    variables: tuple[Variable, ...] = ()
+    calls: int = 0
+    cell_id: str | None = None
+    checkpoint_seq: int | None = None  # the event that carries its manifest
+    line: int | None = None  # of a waiting step: the line of the gate
+
+
+class WaitAnswer(Shape):
+    """The one answer to a wait."""
+
+    approved: bool
+    value: JSON = None  # what the gate returns: the proposed value, or the edited one
+    edited: bool = False
+    by: str
+    comment: str = ""
+    at: float
+
+
+class Wait(Shape):
+    """Something that a run waits for; answered at most once."""
+
+    id: str  # six Crockford base32 characters, upper case
+    run_id: str
+    key: str  # names the gate within the run; opening it again returns this wait
+    kind: WaitKind
+    status: WaitStatus = WaitStatus.OPEN
+    title: str
+    step: str | None = None
+    value: JSON = None  # the proposed value where it is JSON, else None
+    preview: str = ""  # the value as text, bounded
+    form: dict[str, Any] | None = None  # JSON schema that an edited value must satisfy
+    tags: tuple[str, ...] = ()
+    due_at: float | None = None  # timers: when it is over
+    created_at: float
+    answer: WaitAnswer | None = None
+
+
+class Run(Shape):
+    """One execution of a notebook: the row that lists show."""
+
+    id: str  # UUIDv7, 32 hex digits
+    notebook: str  # absolute path of the .ipynb, or of the console session
+    status: RunStatus
+    reason: str  # one plain sentence: why it has this status
+    kind: DriverKind
+    snapshot: str | None = None  # digest of the notebook version it started with (headless)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    steps_mode: Literal["marked", "all"] = "marked"
+    output: str | None = None  # path of the output notebook (headless)
+    kernel_name: str | None = None
+    cwd: str | None = None
+    tags: tuple[str, ...] = ()
+    idempotency_key: str | None = None
+    epoch: int = 0
+    recoveries: int = 0
+    driver: Driver | None = None
+    cancel_requested: bool = False
+    result: JSON = None
+    error: ErrorInfo | None = None
+    steps_total: int | None = None  # step cells in the snapshot, where known
+    created_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    updated_at: float
+
+    @property
+    def short(self) -> str:
+        """Return the eight random digits that people type."""
+        return self.id[-8:]
+
+
+class RunDetail(Run):
+    """A run with its steps and waits: the shape of `show RUN --json`."""
+
+    steps: tuple[Step, ...] = ()
+    waits: tuple[Wait, ...] = ()
+
+
+class Event(Shape):
+    """One line of a run's append-only history."""
+
+    seq: int
+    at: float
+    run_id: str
+    epoch: int
+    kind: str
+    step: str | None = None
+    sentence: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class SignedManifest(Shape):
+    """A checkpoint's manifest as the kernel signed it: JSON text, never interpreted before `security.verify`."""
+
+    text: str
+    signature: str
+
+
+class Checkpoint(Shape):
+    """What the coordinator knows of a step's committed state."""
+
+    run_id: str
+    step: str
+    status: StepStatus
+    seq: int
+    at: float
+    manifest: SignedManifest

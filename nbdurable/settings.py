@@ -1,0 +1,159 @@
+"""Where a project's state lives and the few knobs there are.
+
+Owns the layout of `.nbdurable/` and `Settings`; reads the environment only in `find_home` and `Settings.load`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import tomllib
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nbdurable.errors import UsageError
+
+FOLDER = ".nbdurable"
+_PROJECT_MARKS = ("pyproject.toml", ".git", "setup.py", "setup.cfg")
+_MAX_SOCKET_PATH_BYTES = 100  # sun_path is 104 on macOS, 108 on Linux
+
+
+class Settings(BaseModel):
+    """Settings of a project: `.nbdurable/settings.toml`, each overridden by `NBDURABLE_<NAME>`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    on_drift: Literal["keep", "rerun", "error"] | None = None
+    """What a step does when only the value of an input differs; None: the rule of the README."""
+    worker_slots: int = 2
+    """Headless runs that one worker executes at once."""
+    lease_s: float = 20.0
+    """Seconds without a heartbeat after which a driver that can't be watched counts as dead."""
+    idle_exit_s: float = 60.0
+    """Seconds without work or clients after which a coordinator that a client started ends."""
+    cancel_grace_s: float = 10.0
+    """Seconds that an interrupted kernel has before a cancelled run's kernel is killed."""
+    dashboard_port: int = 8977
+    """Port of the pages on the loopback interface; the next free one is taken where it is in use."""
+
+    @classmethod
+    def load(cls, home: Home) -> Settings:
+        """Read the settings of a project.
+
+        Raises UsageError, naming file and setting, for an unknown setting or a wrong value.
+        """
+        path = home.root / "settings.toml"
+        values: dict[str, Any] = {}
+        if path.exists():
+            try:
+                values = tomllib.loads(path.read_text(encoding="utf-8"))
+            except tomllib.TOMLDecodeError as error:
+                raise UsageError(f"{path} is not TOML: {error}", todo="mend or remove the file") from None
+        for name in cls.model_fields:
+            if (value := os.environ.get(f"NBDURABLE_{name.upper()}")) is not None:
+                values[name] = value
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise UsageError(
+                f"the setting {name!r} can't be used: {first['msg']}",
+                todo=f"mend it in {path} or in the environment (NBDURABLE_{name.upper()})",
+            ) from None
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder with all state of a project (`.nbdurable/`, mode 0700), and the paths within."""
+
+    root: Path
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store.duckdb"
+
+    @property
+    def store_lock(self) -> Path:
+        return self.root / "store.lock"
+
+    @property
+    def start_lock(self) -> Path:
+        return self.root / "start.lock"
+
+    @property
+    def blobs(self) -> Path:
+        return self.root / "blobs"
+
+    @property
+    def key(self) -> Path:
+        return self.root / "key"
+
+    @property
+    def token(self) -> Path:
+        return self.root / "token"
+
+    @property
+    def coordinator(self) -> Path:
+        """Return the file that says where the coordinator is: pid, url, version."""
+        return self.root / "coordinator.json"
+
+    @property
+    def dashboard(self) -> Path:
+        """Return the file that says where the pages are: pid, url."""
+        return self.root / "dashboard.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def backups(self) -> Path:
+        return self.root / "backups"
+
+    def run_log(self, run_id: str) -> Path:
+        return self.logs / f"run-{run_id}.log"
+
+    @property
+    def socket(self) -> Path:
+        """Return the Unix socket's path: in the folder, or in the temporary one where that path is too long."""
+        near = self.root / "coordinator.sock"
+        if len(os.fsencode(near)) <= _MAX_SOCKET_PATH_BYTES:
+            return near
+        name = blake2b(os.fsencode(self.root), digest_size=8).hexdigest()
+        return Path(tempfile.gettempdir()) / f"nbdurable-{os.getuid()}-{name}" / "coordinator.sock"
+
+    def create(self) -> Home:
+        """Make the folder (mode 0700) and those within, where they are missing."""
+        for folder in (self.root, self.blobs, self.logs):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ignore = self.root / ".gitignore"
+        if not ignore.exists():
+            ignore.write_text("*\n", encoding="utf-8")
+        return self
+
+
+def find_home(start: Path | None = None) -> Home:
+    """Find a project's state folder, without creating it.
+
+    `NBDURABLE_HOME` decides where it is set. Else: the nearest `.nbdurable` at or above `start` (a folder or a
+    file; default: the working directory), else one in the project's root (the nearest parent with a
+    `pyproject.toml`, `.git`, …), else one beside `start`.
+    """
+    if explicit := os.environ.get("NBDURABLE_HOME"):
+        return Home(Path(explicit).expanduser().resolve())
+    here = (start or Path.cwd()).resolve()
+    if here.suffix or here.is_file():
+        here = here.parent
+    above = [here, *here.parents]
+    for folder in above:
+        if (folder / FOLDER).is_dir():
+            return Home(folder / FOLDER)
+    for folder in above:
+        if any((folder / mark).exists() for mark in _PROJECT_MARKS):
+            return Home(folder / FOLDER)
+    return Home(here / FOLDER)

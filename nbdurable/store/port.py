@@ -1,0 +1,93 @@
+"""The store's port: what the coordinator asks of whatever keeps its state and history.
+
+Owns the shapes `Changes`, `NewEvent` and the protocol `Store`; knows no SQL. The history (`events`) is append-only
+and carries each checkpoint's manifest; the rows of runs and waits are replaced by their newest version in the same
+transaction as the event that tells why. Steps have no rows: they are a fold of the run's events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from nbdurable.contract import ListRuns, ListWaits, Query, Table
+from nbdurable.models import Checkpoint, Event, Run, SignedManifest, Wait
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """An event before it has its number; `manifest` is set on events that commit a checkpoint."""
+
+    at: float
+    run_id: str
+    epoch: int
+    kind: str
+    sentence: str
+    step: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    manifest: SignedManifest | None = None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes durable together, or not at all. Later rows of one key replace earlier ones."""
+
+    events: Sequence[NewEvent] = ()
+    runs: Sequence[Run] = ()
+    waits: Sequence[Wait] = ()
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A submission: the sequence numbers of its events, and a future that resolves when it is on disk."""
+
+    seqs: tuple[int, ...]
+    done: Future[None]
+
+
+class Store(Protocol):
+    """Keeps everything. Thread-safe. Submissions become durable in the order in which they were made.
+
+    If a transaction fails, its submissions' futures raise StoreFull or StoreError and nothing of them is kept.
+    """
+
+    def submit(self, changes: Changes) -> Ticket: ...
+
+    def flush(self) -> None:
+        """Wait until everything submitted so far is on disk."""
+
+    def open_runs(self) -> list[Run]:
+        """Return the runs that are not final."""
+
+    def open_waits(self) -> list[Wait]: ...
+
+    def run(self, run_id: str) -> Run | None: ...
+
+    def runs_matching(self, fragment: str) -> list[str]:
+        """Return ids (at most 10, newest first) that begin or end with `fragment`."""
+
+    def run_with_key(self, idempotency_key: str, since: float) -> Run | None:
+        """Return the first run created with the key at or after `since`, failed and cancelled ones left out."""
+
+    def runs(self, wanted: ListRuns) -> list[Run]: ...
+
+    def events(self, run_id: str, after: int = 0, limit: int = 1000) -> list[Event]: ...
+
+    def checkpoints(self, run_id: str) -> list[Checkpoint]:
+        """Return the latest checkpoint of each step of a run, in order of commitment."""
+
+    def checkpoint(self, run_id: str, step: str) -> Checkpoint | None: ...
+
+    def wait(self, wait_id: str) -> Wait | None: ...
+
+    def waits(self, wanted: ListWaits) -> list[Wait]: ...
+
+    def query(self, wanted: Query) -> Table:
+        """Run one read-only statement; raises UsageError for anything else, files and network included."""
+
+    def backup(self) -> None:
+        """Write a copy that can be opened as a store, beside the last good one."""
+
+    def close(self) -> None: ...
