@@ -1,0 +1,258 @@
+"""The client: finds or starts the project's coordinator, and calls its API across restarts.
+
+Owns connections and repetition; every path and field name comes from `contract.py`. Knows nothing of how the
+coordinator works, and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+from nbdurable import __version__, contract, processes
+from nbdurable.contract import Endpoint
+from nbdurable.errors import CoordinatorError, CoordinatorUnreachable, DurableError, from_wire
+from nbdurable.models import Event, Shape
+from nbdurable.security import load_token
+from nbdurable.settings import Home, find_home
+
+Question = TypeVar("Question", bound=Shape)
+Answer = TypeVar("Answer", bound=Shape)
+
+START_S = 20.0  # a coordinator that does not answer after so long has not started
+_CONNECT_S = 5.0
+_TROUBLE = (OSError, http.client.HTTPException)
+
+
+class Client:
+    """Calls the coordinator of a project; may be used from several threads at once.
+
+    `home`: the project's state folder (default: `find_home()`). `start`: start a coordinator where none
+    answers. `timeout_s`: how long a call is repeated while the coordinator is away.
+    """
+
+    def __init__(self, home: Home | None = None, *, start: bool = True, timeout_s: float = 30.0) -> None:
+        self.home = home or find_home()
+        self._start = start
+        self._timeout_s = timeout_s
+        self._idle: list[http.client.HTTPConnection] = []  # as many as threads have called at once
+        self._pid = os.getpid()
+        self._headers: dict[str, str] = {}
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the kept connections; a later call opens a new one."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def call(
+        self, endpoint: Endpoint[Question, Answer], question: Question, *, timeout_s: float | None = None
+    ) -> Answer:
+        """Ask the coordinator, and return its answer.
+
+        Where the connection breaks, the question is sent again (to a coordinator that is started, if need be)
+        until `timeout_s` is over: each question is safe to repeat. Raises the error that the coordinator
+        answered, or CoordinatorUnreachable.
+        """
+        path, body = _encode(endpoint, _repeatable(question))
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        held_s = float(getattr(question, "hold_s", 0.0))
+        failures = 0
+        while True:
+            try:
+                connection = self._connection()
+                try:
+                    connection.sock.settimeout(held_s + max(0.1, deadline - time.monotonic()))
+                    connection.request(endpoint.method, path, body, self._headers)
+                    response = connection.getresponse()
+                    text = response.read()
+                except BaseException:  # also an interrupt: the next call must not read this answer
+                    connection.close()
+                    raise
+            except _TROUBLE as trouble:
+                self._recover(trouble, deadline, failures)
+                failures += 1
+                continue
+            if response.will_close:
+                connection.close()
+            else:
+                self._idle.append(connection)
+            if response.status == 200:
+                return endpoint.answer.model_validate_json(text)
+            raise _error(response.status, text)
+
+    def follow(self, run_id: str, after: int = 0) -> Iterator[Event]:
+        """Yield a run's events after the sequence number `after`, as they happen, until the run has ended."""
+        while True:
+            page = self.call(
+                contract.READ_EVENTS, contract.ReadEvents(run_id=run_id, after=after, hold_s=contract.HOLD_S)
+            )
+            yield from page.events
+            if page.events:
+                after = page.events[-1].seq
+            elif page.run.status.is_final:
+                return
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._pid != os.getpid():  # after a fork the connections are the parent's
+            self._idle, self._pid = [], os.getpid()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            connection = _connect(self.home)
+        if not self._headers:
+            self._headers = {
+                "Authorization": f"Bearer {load_token(self.home)}",
+                "X-NBDurable-Version": __version__,
+                "Content-Type": "application/json",
+            }
+        return connection
+
+    def _recover(self, trouble: Exception, deadline: float, failures: int) -> None:
+        """See to it that a coordinator answers, after a call met `trouble`; raises CoordinatorUnreachable."""
+        self.close()
+        self._headers = {}
+        if time.monotonic() >= deadline:
+            raise self._unreachable(f"did not answer in time ({_named(trouble)})")
+        if failures:
+            time.sleep(min(0.5, 0.01 * 2**failures))
+        if self._answers():
+            return
+        if not self._start:
+            raise self._unreachable("is not running") from None
+        try:
+            with processes.lock(self.home.start_lock, timeout_s=START_S):
+                if not self._answers():  # nobody else started one while this client waited for the lock
+                    self._start_one()
+        except processes.LockTimeout:
+            raise self._unreachable(f"was being started by another process for {START_S:.0f} s") from None
+
+    def _answers(self) -> bool:
+        try:
+            _connect(self.home).close()
+        except _TROUBLE:
+            return False
+        return True
+
+    def _start_one(self) -> None:
+        self.home.create()
+        load_token(self.home)
+        child = processes.spawn(
+            ["-m", "nbdurable.coordinator", "--home", str(self.home.root)],
+            log=self._log,
+            cwd=self.home.root,
+        )
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            if child.poll() is not None:
+                raise self._last_words() or self._unreachable(f"ended at once, status {child.returncode}")
+            if time.monotonic() >= deadline:
+                raise self._unreachable(f"was started and did not answer within {START_S:.0f} s")
+            time.sleep(0.01)
+
+    @property
+    def _log(self) -> Path:
+        return self.home.logs / "coordinator.log"
+
+    def _last_words(self) -> DurableError | None:
+        """Return the error that a coordinator which could not start left in its log."""
+        for line in reversed(processes.tail(self._log, 3)):
+            with contextlib.suppress(ValueError):
+                if isinstance(body := json.loads(line), dict) and "error" in body:
+                    return from_wire(body)
+        return None
+
+    def _unreachable(self, what: str) -> CoordinatorUnreachable:
+        lines = "".join(f"\n    {line}" for line in processes.tail(self._log))
+        return CoordinatorUnreachable(
+            f"the coordinator of {self.home.root} {what}",
+            todo=f"`nbdurable doctor` looks for the cause; its log is {self._log}"
+            + (f", which ends:{lines}" if lines else ""),
+        )
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_CONNECT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.sock.settimeout(_CONNECT_S)
+            self.sock.connect(self._path)
+        except OSError:
+            self.close()
+            raise
+
+
+def _connect(home: Home) -> http.client.HTTPConnection:
+    """Connect to where the coordinator says that it is; raises OSError where it is not."""
+    try:
+        place = json.loads(home.coordinator.read_text(encoding="utf-8"))
+        url, pid = str(place["url"]), int(place["pid"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConnectionError(f"{home.coordinator} can't be read: {error}") from None
+    if url.startswith("unix:"):
+        connection: http.client.HTTPConnection = _UnixConnection(url.removeprefix("unix:"))
+        connection.connect()
+        return connection
+    if not processes.exists(pid):  # its port may be somebody else's by now, who must not see the token
+        raise ConnectionError(f"the coordinator {pid} is gone")
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=_CONNECT_S)
+    connection.connect()  # sets TCP_NODELAY
+    return connection
+
+
+def _encode(endpoint: Endpoint[Any, Any], question: Shape) -> tuple[str, bytes | None]:
+    """Return a question as path and body; a GET carries what differs from the defaults, null as nothing."""
+    path = endpoint.path
+    if "{" in path:
+        path = path.format_map({name: quote(str(value), safe="") for name, value in question})
+    if endpoint.method == "POST":
+        return path, question.model_dump_json().encode()
+    fields = question.model_dump(mode="json", exclude_defaults=True)
+    given = {
+        name: "" if value is None else value
+        for name, value in fields.items()
+        if f"{{{name}}}" not in endpoint.path
+    }
+    return (f"{path}?{urlencode(given)}" if given else path), None
+
+
+def _repeatable(question: Shape) -> Shape:
+    """Give a wish for a new run a key, so that repeating it after a lost answer makes no second run."""
+    if isinstance(question, contract.CreateRun) and question.idempotency_key is None:
+        return question.model_copy(update={"idempotency_key": f"request-{uuid.uuid4().hex}"})
+    return question
+
+
+def _error(status: int, text: bytes) -> DurableError:
+    try:
+        return from_wire(json.loads(text))
+    except (ValueError, AttributeError):
+        return CoordinatorError(f"the coordinator answered {status}: {text[:200].decode('utf-8', 'replace')}")
+
+
+def _named(trouble: Exception) -> str:
+    return f"{type(trouble).__name__}: {trouble}" if str(trouble) else type(trouble).__name__

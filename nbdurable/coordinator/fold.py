@@ -1,0 +1,209 @@
+"""A run's steps as the fold of its events; the kinds of events.
+
+Pure: no clock, no I/O. Used for the runs in memory, one event at a time, and for history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from nbdurable.models import Attempt, ErrorInfo, Event, Step, StepStatus, Variable
+
+
+class Kind(StrEnum):
+    """What a line of history tells, in the past tense."""
+
+    RUN_CREATED = "run-created"
+    RUN_LEASED = "run-leased"
+    RUN_TAKEN_OVER = "run-taken-over"
+    RUN_SUSPENDED = "run-suspended"
+    RUN_WOKEN = "run-woken"
+    RUN_COMPLETED = "run-completed"
+    RUN_FAILED = "run-failed"
+    RUN_RELEASED = "run-released"
+    RUN_LOST = "run-lost"
+    RUN_LEFT = "run-left"
+    RUN_POISONED = "run-poisoned"
+    RUN_CANCEL_REQUESTED = "run-cancel-requested"
+    RUN_CANCELLED = "run-cancelled"
+    RUN_RESUMED = "run-resumed"
+    RUN_CLOSED = "run-closed"
+    RUN_DELAYED = "run-delayed"
+    RESULT_SET = "result-set"
+    STEP_BEGUN = "step-begun"
+    STEP_RESTORED = "step-restored"
+    STEP_COMMITTED = "step-committed"
+    STEP_FAILED = "step-failed"
+    WAIT_OPENED = "wait-opened"
+    WAIT_ANSWERED = "wait-answered"
+
+
+END_OF_DRIVING = frozenset(
+    {
+        Kind.RUN_TAKEN_OVER,
+        Kind.RUN_SUSPENDED,
+        Kind.RUN_COMPLETED,
+        Kind.RUN_FAILED,
+        Kind.RUN_RELEASED,
+        Kind.RUN_LOST,
+        Kind.RUN_LEFT,
+        Kind.RUN_POISONED,
+        Kind.RUN_CANCELLED,
+        Kind.RUN_CLOSED,
+    }
+)
+"""After these, an attempt that still ran is lost: nobody is left who could end it."""
+
+_BY_CHECKPOINT = {
+    "completed": StepStatus.COMPLETED,
+    "waiting": StepStatus.WAITING,
+    "replay": StepStatus.REPLAY,
+}
+
+
+@dataclass
+class StepState:
+    """What is known of one step while its events are read."""
+
+    name: str
+    cell_id: str | None = None
+    reason: str = ""
+    status: StepStatus = StepStatus.RUNNING
+    executions: int = 0
+    restores: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
+    began: dict[int, int] = field(default_factory=dict)  # attempt → seq
+    committed: dict[tuple[int, str], int] = field(default_factory=dict)  # (attempt, status) → seq
+    checkpoint: StepStatus | None = None  # the status that its latest checkpoint gives it
+    checkpoint_seq: int | None = None
+    variables: list[dict[str, Any]] = field(default_factory=list)
+    calls: int = 0
+    line: int | None = None
+
+    @property
+    def running(self) -> Attempt | None:
+        """Return the attempt that runs now."""
+        last = self.attempts[-1] if self.attempts else None
+        return last if last is not None and last.status == "running" else None
+
+    @property
+    def next_attempt(self) -> int:
+        return self.attempts[-1].number + 1 if self.attempts else 1
+
+    def step(self) -> Step:
+        """Return what people see."""
+        return Step(
+            name=self.name,
+            status=self.status,
+            reason=self.reason,
+            executions=self.executions,
+            restores=self.restores,
+            attempts=tuple(self.attempts),
+            variables=tuple(Variable.model_validate(one) for one in self.variables),
+            calls=self.calls,
+            cell_id=self.cell_id,
+            checkpoint_seq=self.checkpoint_seq,
+            line=self.line if self.status is StepStatus.WAITING else None,
+        )
+
+    def end(
+        self,
+        number: int,
+        status: Literal["waiting", "completed", "failed", "lost"],
+        event: Event,
+        error: ErrorInfo | None = None,
+    ) -> None:
+        """End an attempt; one whose beginning did not reach the disk begins and ends here."""
+        ended = {"status": status, "ended_at": event.at, "error": error}
+        for place, attempt in enumerate(self.attempts):
+            if attempt.number == number:
+                self.attempts[place] = attempt.model_copy(update=ended)
+                return
+        self.executions += 1
+        self.attempts.append(Attempt(number=number, epoch=event.epoch, started_at=event.at, **ended))
+
+
+class Fold:
+    """The steps of a run, in order of their first mention; `apply` takes its events one by one."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self._steps: dict[str, StepState] = {}
+        for event in events:
+            self.apply(event)
+
+    def get(self, name: str) -> StepState | None:
+        """Return a step, or None where the run has none of that name."""
+        return self._steps.get(name)
+
+    def steps(self) -> tuple[Step, ...]:
+        """Return all steps."""
+        return tuple(state.step() for state in self._steps.values())
+
+    def apply(self, event: Event) -> None:
+        """Take the next event of the run."""
+        if event.kind in END_OF_DRIVING:
+            self._lose(event)
+        elif event.step is not None and event.kind in _STEP_EVENTS:
+            state = self._steps.setdefault(event.step, StepState(event.step))
+            _STEP_EVENTS[Kind(event.kind)](state, event)
+
+    def _lose(self, event: Event) -> None:
+        for state in self._steps.values():
+            if (attempt := state.running) is not None:
+                state.end(attempt.number, "lost", event)
+                state.status = state.checkpoint or StepStatus.FAILED
+                state.reason = event.sentence
+
+
+def _begun(state: StepState, event: Event) -> None:
+    number = int(event.data["attempt"])
+    state.attempts.append(
+        Attempt(number=number, status="running", epoch=event.epoch, started_at=event.at),
+    )
+    state.began[number] = event.seq
+    state.executions += 1
+    state.status = StepStatus.RUNNING
+    _decided(state, event)
+
+
+def _restored(state: StepState, event: Event) -> None:
+    state.restores += 1
+    state.status = state.checkpoint or state.status
+    _decided(state, event)
+
+
+def _decided(state: StepState, event: Event) -> None:
+    state.reason = str(event.data["reason"])
+    state.cell_id = event.data.get("cell_id") or state.cell_id
+
+
+def _committed(state: StepState, event: Event) -> None:
+    number, status = int(event.data["attempt"]), event.data["status"]
+    state.end(number, "waiting" if status == "waiting" else "completed", event)
+    state.committed[number, status] = event.seq
+    state.status = state.checkpoint = _BY_CHECKPOINT[status]
+    state.checkpoint_seq = event.seq
+    state.variables = event.data["variables"]
+    state.calls = int(event.data.get("calls", 0))
+    state.line = event.data.get("line")
+
+
+def _failed(state: StepState, event: Event) -> None:
+    state.end(int(event.data["attempt"]), "failed", event, ErrorInfo.model_validate(event.data["error"]))
+    state.status = StepStatus.FAILED
+
+
+_STEP_EVENTS = {
+    Kind.STEP_BEGUN: _begun,
+    Kind.STEP_RESTORED: _restored,
+    Kind.STEP_COMMITTED: _committed,
+    Kind.STEP_FAILED: _failed,
+}
+
+
+def fold(events: Iterable[Event]) -> tuple[Step, ...]:
+    """Return the steps of a run as its whole history tells them."""
+    return Fold(events).steps()
