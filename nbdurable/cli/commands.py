@@ -1,0 +1,483 @@
+"""The commands: their words, options and help. What they do stands in the files beside this one.
+
+Owns the one place that turns an error into a message and an exit status.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from nbdurable.cli import parameters
+from nbdurable.cli.project import approval_page, choose_home, connect, hint
+from nbdurable.cli.screen import Screen, warn
+from nbdurable.contract import (
+    ANSWER_WAIT,
+    CANCEL_RUN,
+    GET_RUN,
+    GET_WAIT,
+    HOLD_S,
+    LIST_RUNS,
+    LIST_WAITS,
+    READ_EVENTS,
+    READ_LOG,
+    RESUME_RUN,
+    SQL,
+    AnswerWait,
+    ByRun,
+    ListRuns,
+    ListWaits,
+    Query,
+    ReadEvents,
+    ReadLog,
+    ReadWait,
+)
+from nbdurable.errors import DurableError, UsageError
+from nbdurable.models import RunStatus, WaitStatus
+from nbdurable.settings import find_home
+
+INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+
+
+class _Group(TyperGroup):
+    """Runs a command; an error becomes one clear message on stderr and its exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DurableError as error:
+            _fail(error, f"{error.message or error}", error.todo, error.exit_status)
+        except KeyboardInterrupt:
+            warn("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # the reader of a pipe has seen enough
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing is left to be written at exit)
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if type(error).__module__.startswith(("typer.", "click.")):  # their exits, and wrong usage
+                raise
+            said = f"{type(error).__name__}: {error}"
+            _fail(error, said, "this is a fault of nbdurable; NBDURABLE_DEBUG=1 shows where", 1)
+
+
+def _fail(error: Exception, message: str, todo: str, status: int) -> NoReturn:
+    if os.environ.get("NBDURABLE_DEBUG"):
+        raise error
+    warn(("Error: ", "red"), message)
+    if todo:
+        warn("  → ", todo)
+    raise typer.Exit(status)
+
+
+class _Run(TyperCommand):
+    """Understands `-p NAME VALUE`, which Typer has no type for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, parameters.join_pairs(args))
+
+
+app = typer.Typer(
+    name="nbdurable",
+    cls=_Group,
+    help="Durable execution for Jupyter notebooks: a cell that starts with %%step runs once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; messages go to stderr.")]
+RunId = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's id, or its first or last four or more digits.")
+]
+WaitId = Annotated[
+    str, typer.Argument(metavar="WAIT", help="An approval's id, as `nbdurable waits` lists it.")
+]
+Comment = Annotated[str, typer.Option(metavar="TEXT", help="What the answer's reader should know.")]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ gets a question mark, not a traceback
+    app(list(words) if words is not None else None, prog_name="nbdurable")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from nbdurable import __version__
+
+        print(f"nbdurable {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder with the project's state (default: the nearest .nbdurable)."
+        ),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    choose_home(home)
+
+
+# Runs ------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    cls=_Run, epilog='Example: nbdurable run agent.ipynb -p topic "solid state batteries" -o done.ipynb'
+)
+def run(
+    notebook: Annotated[Path, typer.Argument(metavar="NOTEBOOK", help="The .ipynb file.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT", help="Where the executed notebook goes.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p",
+            "--parameter",
+            metavar="NAME VALUE",
+            help="A parameter; numbers, True, None and JSON are read as such.",
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", metavar="FILE", help="Parameters from a YAML or JSON file.")
+    ] = None,
+    steps: Annotated[
+        str, typer.Option(metavar="marked|all", help="Which cells are steps: those with %%step, or all.")
+    ] = "marked",
+    kernel: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Kernel to use instead of the notebook's.")
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option("-t", "--tag", metavar="T", help="A tag; may be repeated.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(metavar="K", help="A second run with this key is the first one.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Queue the run and return.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a notebook headless and follow it: exit status 0 completed, 1 failed, 3 waiting, 4 cancelled."""
+    if steps not in ("marked", "all"):
+        raise UsageError(f"--steps {steps} is not known", todo="use --steps marked or --steps all")
+    values = (parameters.read_file(file) if file else {}) | parameters.read_pairs(parameter or ())
+    from nbdurable.cli.follow import Story, conclude, follow, heading
+    from nbdurable.runner.notebooks import create_headless
+
+    screen = Screen(json=as_json)
+    client = connect(notebook, existing=False)
+    command = hint(client.home)
+    created = create_headless(
+        client,
+        notebook,
+        parameters=values,
+        output=output,
+        steps_mode="all" if steps == "all" else "marked",
+        kernel_name=kernel,
+        tags=tuple(tag or ()),
+        idempotency_key=idempotency_key,
+    )
+    screen.say(
+        *heading(created),
+        *(() if detach else (f"  {created.steps_total} steps",) if created.steps_total else ()),
+    )
+    if detach:
+        screen.say("follow it: ", (command(f"logs -f {created.short}"), "bold"))
+        if as_json:
+            screen.data(created)
+        return
+    try:
+        ended = follow(client, created.id, screen, Story(approval_page(client.home), command))
+    except KeyboardInterrupt:
+        screen.say(f"run {created.short} goes on. Follow it: ", (command(f"logs -f {created.short}"), "bold"))
+        screen.say("  cancel it: ", (command(f"cancel {created.short}"), "bold"))
+        raise typer.Exit(INTERRUPTED) from None
+    status = conclude(ended, screen, command)
+    if as_json:
+        screen.data(ended)
+    raise typer.Exit(status)
+
+
+@app.command("ls", epilog="Example: nbdurable ls --status failed --limit 5")
+def list_runs(
+    status: Annotated[RunStatus | None, typer.Option(help="Only runs with this status.")] = None,
+    notebook: Annotated[Path | None, typer.Option(metavar="FILE", help="Only runs of this notebook.")] = None,
+    tag: Annotated[
+        str | None, typer.Option("-t", "--tag", metavar="T", help="Only runs with this tag.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List runs, newest first."""
+    from nbdurable.cli.tables import print_runs
+
+    wanted = ListRuns(
+        status=status, notebook=str(notebook.resolve()) if notebook else None, tag=tag, limit=limit
+    )
+    runs = connect().call(LIST_RUNS, wanted).runs if find_home().root.is_dir() else ()
+    screen = Screen(json=as_json)
+    if as_json:
+        screen.data(runs)
+    else:
+        print_runs(runs, screen)
+
+
+@app.command(epilog="Example: nbdurable show 4fb29c1e")
+def show(run: RunId, as_json: Json = False) -> None:
+    """Show a run: its steps with reasons, attempts and variables, what it waits for, its error."""
+    from nbdurable.cli.tables import print_run
+
+    client = connect()
+    detail = client.call(GET_RUN, ByRun(run_id=run))
+    screen = Screen(json=as_json)
+    if as_json:
+        screen.data(detail)
+    else:
+        print_run(detail, screen, client.home)
+
+
+@app.command(epilog="Example: nbdurable plan agent.ipynb")
+def plan(
+    target: Annotated[
+        str, typer.Argument(metavar="NOTEBOOK|RUN", help="A notebook (its last run), or a run.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say for each step whether it would run or be restored, and why."""
+    raise NotImplementedError
+
+
+@app.command(epilog="Example: nbdurable logs -f 4fb29c1e")
+def logs(
+    run: RunId,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+) -> None:
+    """Print what a headless run's process printed."""
+    client = connect()
+    found = client.call(GET_RUN, ByRun(run_id=run))
+    offset = seq = 0
+    while True:
+        ended = found.status.is_final
+        while (log := client.call(READ_LOG, ReadLog(run_id=found.id, offset=offset))).next_offset > offset:
+            offset = log.next_offset
+            sys.stdout.write(log.text)
+            sys.stdout.flush()
+        if ended or not follow:
+            break
+        answer = client.call(READ_EVENTS, ReadEvents(run_id=found.id, after=seq, hold_s=min(1.0, HOLD_S)))
+        seq = answer.events[-1].seq if answer.events else seq
+        found = found.model_copy(update={"status": answer.run.status})
+    if not offset:
+        warn(
+            f"run {found.short} has printed nothing"
+            if found.kind == "headless"
+            else f"run {found.short} is interactive: it has no log"
+        )
+
+
+@app.command(epilog="Example: nbdurable resume 4fb29c1e")
+def resume(run: RunId, as_json: Json = False) -> None:
+    """Let a paused, failed or cancelled run go on headless, from its last committed step."""
+    client = connect()
+    resumed = client.call(RESUME_RUN, ByRun(run_id=run))
+    screen = Screen(json=as_json)
+    screen.say(f"run {resumed.short} is {resumed.status}: {resumed.reason}")
+    screen.say("follow it: ", (hint(client.home)(f"logs -f {resumed.short}"), "bold"))
+    if as_json:
+        screen.data(resumed)
+
+
+@app.command(epilog="Example: nbdurable cancel 4fb29c1e")
+def cancel(run: RunId, as_json: Json = False) -> None:
+    """Cancel a run; its committed steps are kept, and `resume` takes them up."""
+    cancelled = connect().call(CANCEL_RUN, ByRun(run_id=run))
+    screen = Screen(json=as_json)
+    if cancelled.status is RunStatus.CANCELLED:
+        screen.say(f"run {cancelled.short} is cancelled: {cancelled.reason}")
+    else:
+        screen.say(f"run {cancelled.short} is being cancelled: its kernel is interrupted, then killed")
+    if as_json:
+        screen.data(cancelled)
+
+
+# Waits -----------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: nbdurable waits --json")
+def waits(
+    everything: Annotated[bool, typer.Option("--all", help="Answered and cancelled ones as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what runs wait for, oldest first."""
+    from nbdurable.cli.tables import print_waits
+
+    wanted = ListWaits(status=None if everything else WaitStatus.OPEN)
+    found = connect().call(LIST_WAITS, wanted).waits if find_home().root.is_dir() else ()
+    screen = Screen(json=as_json)
+    if as_json:
+        screen.data(found)
+    else:
+        print_waits(found, screen, hint(find_home()))
+
+
+@app.command(
+    epilog='Example: nbdurable approve 7K2MXD --value \'{"title": "Better"}\' --comment "shorter title"'
+)
+def approve(
+    wait: WaitId,
+    value: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Approve with this value instead of the proposed one.")
+    ] = None,
+    comment: Comment = "",
+    as_json: Json = False,
+) -> None:
+    """Approve; the run goes on by itself."""
+    _answer(wait, approved=True, value=value, comment=comment, as_json=as_json)
+
+
+@app.command(epilog='Example: nbdurable reject 7K2MXD --comment "the numbers are last year\'s"')
+def reject(wait: WaitId, comment: Comment = "", as_json: Json = False) -> None:
+    """Reject; the run goes on by itself and learns of it."""
+    _answer(wait, approved=False, value=None, comment=comment, as_json=as_json)
+
+
+def _answer(wait_id: str, *, approved: bool, value: str | None, comment: str, as_json: bool) -> None:
+    edited: Any = None
+    if value is not None:
+        try:
+            edited = json.loads(value)
+        except ValueError as error:
+            raise UsageError(
+                f"--value is not JSON: {error}",
+                todo="""nothing was answered. Text needs its own quotes: --value '"text"'""",
+            ) from None
+    client = connect()
+    found = client.call(GET_WAIT, ReadWait(wait_id=wait_id.upper()))
+    answered = client.call(
+        ANSWER_WAIT,
+        AnswerWait(
+            wait_id=found.id,
+            approved=approved,
+            value=edited if value is not None else found.value,
+            edited=value is not None,
+            by=_user(),
+            comment=comment,
+            nonce=uuid.uuid4().hex,
+        ),
+    )
+    screen = Screen(json=as_json)
+    word = "rejected" if not approved else "approved with another value" if value is not None else "approved"
+    screen.say(f"{word}: “{answered.title}”. Run {answered.run_id[-8:]} goes on by itself.")
+    if as_json:
+        screen.data(answered)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # no such user in a container
+        return "command line"
+
+
+# The store -------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog='Example: nbdurable sql "select status, count(*) from runs group by status"')
+def sql(
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="One statement that only reads.")],
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="At most so many rows.")] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """Query the store, read only."""
+    table = connect().call(SQL, Query(sql=query, limit=limit))
+    screen = Screen(json=as_json)
+    if as_json:
+        screen.data([dict(zip(table.columns, row, strict=True)) for row in table.rows])
+    else:
+        from nbdurable.cli.tables import cell
+
+        screen.table(table.columns, [[cell(value) for value in row] for row in table.rows])
+    if table.truncated:
+        warn(f"only the first {len(table.rows)} rows; --limit asks for more")
+
+
+# Processes -------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: nbdurable up --port 8977")
+def up(
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of the pages (default: 8977, or the next free one)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the coordinator and the pages in front, until Ctrl-C."""
+    from nbdurable.cli.service import run_up
+
+    run_up(find_home(), port, Screen(json=as_json))
+
+
+@app.command(epilog="Example: nbdurable down")
+def down(as_json: Json = False) -> None:
+    """End the project's coordinator and pages; runs stay, and go on when it is started again."""
+    from nbdurable.cli.service import run_down
+
+    run_down(find_home(), Screen(json=as_json))
+
+
+@app.command(epilog="Example: nbdurable worker")
+def worker() -> None:
+    """Run a worker in front: it executes queued runs until Ctrl-C."""
+    from nbdurable.cli.service import run_worker
+
+    raise typer.Exit(run_worker(find_home()))
+
+
+@app.command(epilog="Example: nbdurable doctor")
+def doctor(as_json: Json = False) -> None:
+    """Check what nbdurable stands on, and say what to do about what is wrong."""
+    from nbdurable.cli.doctor import examine
+
+    screen = Screen(json=as_json)
+    checks = []
+    for check in examine(find_home()):
+        checks.append(check)
+        screen.say(("✓", "green") if check.ok else ("✗", "red"), f" {check.name:<12}  {check.said}")
+        if not check.ok and check.todo:
+            screen.say(f"   → {check.todo}")
+    if as_json:
+        screen.data(checks)
+    raise typer.Exit(0 if all(check.ok for check in checks) else 1)
+
+
+@app.command(epilog="Example: nbdurable demo --yes")
+def demo(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Approve the draft without asking.")] = False,
+    keep: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the notebook, its output and the report are kept.")
+    ] = Path("nbdurable-demo"),
+    question: Annotated[str | None, typer.Option(metavar="TEXT", help="What the agent is asked.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a research agent, kill its worker and its kernel in the middle, and watch it go on."""
+    from nbdurable.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(keep, Screen(json=as_json), yes=yes, question=question))

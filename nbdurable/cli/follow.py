@@ -1,0 +1,230 @@
+"""A run as it goes on: one line per finished step, and a progress bar on a terminal.
+
+Owns `Story`, which turns successive states of a run into the lines that are new (pure), and `follow`, which
+watches a run until it has ended or waits for a person. Knows nothing of how the run is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbdurable.cli.screen import Line, Screen, clip, clock, plain, variable
+from nbdurable.contract import GET_RUN, HOLD_S, READ_EVENTS, ByRun, ReadEvents
+from nbdurable.models import Run, RunDetail, RunStatus, Step, StepStatus, Wait, WaitKind, WaitStatus
+from nbdurable.policies import span
+
+if TYPE_CHECKING:
+    from nbdurable.client import Client
+
+EXIT_STATUS = {
+    RunStatus.COMPLETED: 0,
+    RunStatus.FAILED: 1,
+    RunStatus.PAUSED: 1,
+    RunStatus.WAITING: 3,
+    RunStatus.CANCELLED: 4,
+}
+_NAME_WIDTH = 10
+_SHOWN_VARIABLES = 3
+
+Address = Callable[[Wait], str | None]  # the page on which a wait can be answered, where pages are up
+
+
+def step_line(step: Step, *, restored: bool) -> Line | None:
+    """Return the line that a step's state deserves, None while there is nothing to say.
+
+    `restored`: whether the newest decision put its checkpoint back.
+    """
+    name = f" {step.name:<{_NAME_WIDTH}}  "
+    if step.status is StepStatus.FAILED:
+        error = step.attempts[-1].error if step.attempts else None
+        said = f"{error.name}: {error.message}" if error else step.reason
+        return (("✗", "red"), name, clip(said, 160))
+    if step.status not in (StepStatus.COMPLETED, StepStatus.REPLAY):
+        return None
+    if restored:
+        return (("↺", "cyan"), name, "restored", (f" · {step.reason}" if step.reason else "", "dim"))
+    return (("✓", "green"), name, f"{took(step):<8}", *_details(step))
+
+
+def took(step: Step) -> str:
+    """Return how long the newest attempt that ended took."""
+    ended = [attempt for attempt in step.attempts if attempt.ended_at is not None]
+    return span((ended[-1].ended_at or 0) - ended[-1].started_at) if ended else ""
+
+
+def _details(step: Step) -> Iterator[tuple[str, str]]:
+    notes = []
+    trouble = [attempt for attempt in step.attempts[:-1] if attempt.status in ("failed", "lost")]
+    if trouble:
+        error = trouble[-1].error
+        why = (
+            f"{error.name}: {clip(error.message, 50)}" if error else f"attempt {trouble[-1].number} was lost"
+        )
+        notes.append(f"attempt {step.attempts[-1].number} ({why})")
+    saved = [variable(found) for found in step.variables if found.state == "saved"]
+    notes += saved[:_SHOWN_VARIABLES]
+    if len(saved) > _SHOWN_VARIABLES:
+        notes.append(f"{len(saved) - _SHOWN_VARIABLES} more")
+    if step.status is StepStatus.REPLAY:
+        notes.append("runs again on resume")
+    if notes:
+        yield " · ".join(notes), "dim"
+    for found in step.variables:
+        if found.state == "unsaved":
+            yield f" · {variable(found)}", "yellow"
+
+
+class Story:
+    """Turns successive states of a run into the lines that are new; remembers what it said."""
+
+    def __init__(self, address: Address, command: Callable[[str], str]) -> None:
+        self._address = address
+        self._command = command
+        self._steps: dict[str, tuple[StepStatus, int, int, int]] = {}
+        self._waits: set[str] = set()
+        self._recoveries: int | None = None
+
+    def lines(self, run: RunDetail) -> Iterator[Line]:
+        """Yield what has happened since the last call."""
+        if self._recoveries is not None and run.recoveries > self._recoveries:
+            yield (
+                ("↻", "yellow"),
+                f" the run lost its worker or kernel and goes on (recovery {run.recoveries})",
+            )
+        self._recoveries = run.recoveries
+        for step in run.steps:
+            state = (step.status, step.executions, step.restores, len(step.attempts))
+            before = self._steps.get(step.name)
+            if before == state:
+                continue
+            self._steps[step.name] = state
+            if (line := step_line(step, restored=step.restores > (before[2] if before else 0))) is not None:
+                yield (" ", *line)
+        if run.status is RunStatus.WAITING:
+            for wait in run.waits:
+                if wait.status is WaitStatus.OPEN and wait.id not in self._waits:
+                    self._waits.add(wait.id)
+                    yield (" ", *self._wait(wait))
+
+    def _wait(self, wait: Wait) -> Line:
+        name = f" {wait.step or '':<{_NAME_WIDTH}}  "
+        if wait.kind is WaitKind.TIMER:
+            until = f"sleeps until {clock(wait.due_at)}" if wait.due_at else "sleeps"
+            return (("⏸", "cyan"), name, until, (" · goes on by itself", "dim"))
+        page = self._address(wait)
+        return (
+            ("⏸", "cyan"),
+            name,
+            f"waits for approval “{clip(wait.title)}”  →  ",
+            (self._command(f"approve {wait.id}"), "bold"),
+            *((f"   or  {page}",) if page else ()),
+        )
+
+
+def heading(run: Run) -> Line:
+    """Return the line that names a run."""
+    return ((Path(run.notebook).name, "bold"), f"  run {run.short}")
+
+
+def needs_person(run: RunDetail) -> bool:
+    """Tell whether a run waits for a person; one that only sleeps goes on by itself."""
+    return run.status is RunStatus.WAITING and any(
+        wait.kind is WaitKind.APPROVAL and wait.status is WaitStatus.OPEN for wait in run.waits
+    )
+
+
+def states(client: Client, run_id: str) -> Iterator[RunDetail]:
+    """Yield a run now and whenever its history grows, until it has ended or waits for a person."""
+    after = 0
+    while True:
+        answer = client.call(
+            READ_EVENTS, ReadEvents(run_id=run_id, after=after, hold_s=HOLD_S if after else 0.0)
+        )
+        grown = bool(answer.events) or not after
+        after = answer.events[-1].seq if answer.events else after
+        if not grown:
+            continue
+        run = client.call(GET_RUN, ByRun(run_id=run_id))
+        yield run
+        if run.status.is_final or run.status is RunStatus.PAUSED or needs_person(run):
+            return
+
+
+def follow(client: Client, run_id: str, screen: Screen, story: Story) -> RunDetail:
+    """Print what a run does until it has ended or waits for a person; return its state then."""
+    with _bar(screen) as update:
+        for run in states(client, run_id):
+            for line in story.lines(run):
+                screen.say(*line)
+            update(run)
+    return run
+
+
+@contextmanager
+def _bar(screen: Screen) -> Iterator[Callable[[RunDetail], None]]:
+    """Show a progress bar of steps below the lines, where somebody looks; it is gone in the end."""
+    if not screen.console.is_terminal:
+        yield lambda run: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(20),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=screen.console, transient=True) as progress:
+        task = progress.add_task("", total=None, now="")
+
+        def update(run: RunDetail) -> None:
+            done = sum(step.status in (StepStatus.COMPLETED, StepStatus.REPLAY) for step in run.steps)
+            active = next(
+                (step.name for step in reversed(run.steps) if step.status is StepStatus.RUNNING), run.status
+            )
+            progress.update(
+                task,
+                description=f"{plain(Path(run.notebook).name)}  run {run.short}",
+                completed=done,
+                total=max(run.steps_total or 0, len(run.steps)),
+                now=plain(active),
+            )
+
+        yield update
+
+
+def conclude(run: RunDetail, screen: Screen, command: Callable[[str], str]) -> int:
+    """Print how a run stands now and what can be done next; return the exit status."""
+    if run.status is RunStatus.COMPLETED:
+        screen.say(
+            ("✓", "green"),
+            f" run {run.short} completed",
+            *((f" in {span(run.ended_at - run.started_at)}",) if run.ended_at and run.started_at else ()),
+            *((f" → {run.output}",) if run.output else ()),
+        )
+    elif run.status is RunStatus.WAITING:
+        screen.say(f"run {run.short} is waiting (exit status 3). It goes on by itself when somebody answers.")
+    elif run.status is RunStatus.CANCELLED:
+        screen.say(
+            ("✗", "yellow"),
+            f" run {run.short} was cancelled; {_kept(run)}. Go on: ",
+            (command(f"resume {run.short}"), "bold"),
+        )
+    else:
+        if run.error and run.error.traceback:
+            screen.say(run.error.traceback.rstrip())
+        said = run.reason if not run.error else f"{run.error.name}: {run.error.message}"
+        screen.say(("✗", "red"), f" run {run.short} {run.status}: {clip(said, 300)}")
+        screen.say(f"  {_kept(run)}. Go on from there: ", (command(f"resume {run.short}"), "bold"))
+    return EXIT_STATUS[run.status]
+
+
+def _kept(run: RunDetail) -> str:
+    kept = [step.name for step in run.steps if step.status is StepStatus.COMPLETED]
+    if not kept:
+        return "no step was committed"
+    total = max(run.steps_total or 0, len(run.steps))
+    return f"{len(kept)} of {total} steps are kept ({clip(', '.join(kept))})"

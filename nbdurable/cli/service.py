@@ -1,0 +1,194 @@
+"""The processes of a project: `up`, `down`, `worker`, and whether a coordinator runs.
+
+Owns their order at start and end; knows them by their command lines and by the files in which they say where
+they are, and imports none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from nbdurable import processes
+from nbdurable.cli.project import pages
+from nbdurable.cli.screen import Screen
+from nbdurable.client import START_S, Client
+from nbdurable.contract import HEALTH, SHUTDOWN, Health, Nothing
+from nbdurable.errors import Conflict, CoordinatorError, CoordinatorUnreachable
+from nbdurable.settings import Home, Settings
+
+_LOOK_S = 0.25  # between two looks at the processes
+
+
+def health(home: Home) -> Health | None:
+    """Return what a running coordinator says of itself, None where none runs; it is not started.
+
+    Raises WrongVersion or Unauthorized where one runs that does not want to talk.
+    """
+    try:
+        with Client(home, start=False, timeout_s=2.0) as client:
+            return client.call(HEALTH, Nothing())
+    except CoordinatorUnreachable:
+        return None
+
+
+def stop(home: Home) -> Health | None:
+    """End the coordinator, if one runs, and wait until its process is gone; return what it said of itself."""
+    found = health(home)
+    if found is None:
+        return None
+    with contextlib.suppress(CoordinatorUnreachable), Client(home, start=False, timeout_s=START_S) as client:
+        client.call(SHUTDOWN, Nothing())
+    deadline = time.monotonic() + START_S
+    while processes.exists(found.pid):
+        if time.monotonic() > deadline:
+            raise CoordinatorError(
+                f"the coordinator {found.pid} was asked to end and still runs after {START_S:.0f} s",
+                todo=f"its log is {home.logs / 'coordinator.log'}",
+            )
+        time.sleep(0.02)
+    return found
+
+
+def run_down(home: Home, screen: Screen) -> None:
+    """End the pages and the coordinator, and say what was left open."""
+    page = _pages_process(home)
+    if page is not None:
+        processes.end_tree(page)
+        home.dashboard.unlink(missing_ok=True)
+    found = stop(home)
+    if screen.json_mode:
+        screen.data({"stopped": found is not None, "open_runs": found.open_runs if found else None})
+    if found is None:
+        screen.say(f"no coordinator runs for {home.root}")
+    else:
+        screen.say(f"the coordinator {found.pid} has ended{_left(found.open_runs)}")
+
+
+def _left(open_runs: int) -> str:
+    if not open_runs:
+        return ""
+    runs, go = ("run is", "it goes") if open_runs == 1 else ("runs are", "they go")
+    return (
+        f"; {open_runs} {runs} open, and {go} on when a command, a kernel or `nbdurable up` starts it again"
+    )
+
+
+def _pages_process(home: Home) -> Any:
+    """Return the identity of the process that serves the pages, None where they are not up."""
+    import json
+
+    if pages(home) is None:
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        return processes.identity("executor", json.loads(home.dashboard.read_text(encoding="utf-8"))["pid"])
+    return None
+
+
+def run_up(home: Home, port: int | None, screen: Screen) -> None:
+    """Run coordinator and pages until Ctrl-C or SIGTERM, then end both."""
+    if (address := pages(home)) is not None:
+        raise Conflict(f"it is up already: {address}", todo="`nbdurable down` ends it")
+    settings = Settings.load(home)
+    home.create()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with (
+            _coordinator(home, screen) as coordinator,
+            _dashboard(home, port or settings.dashboard_port) as dashboard,
+        ):
+            address = pages(home)
+            screen.say(("✓", "green"), f" coordinator {coordinator.pid} of {home.root}")
+            screen.say(("✓", "green"), " pages  ", (f"{address}", "bold"))
+            screen.say("Ctrl-C ends both; runs stay, and go on later.")
+            if screen.json_mode:
+                screen.data({"url": address, "pid": coordinator.pid, "home": str(home.root)})
+            _watch(home, coordinator, dashboard)
+    except KeyboardInterrupt:
+        screen.say("ended")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _coordinator(home: Home, screen: Screen) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a coordinator that does not end when idle, in place of one that ran in the background."""
+    with processes.lock(home.start_lock, timeout_s=START_S):  # so that no client starts one in between
+        if (before := stop(home)) is not None:
+            screen.say(f"taking over from the coordinator {before.pid}, which ran in the background")
+        log = home.logs / "coordinator.log"
+        child = processes.spawn(
+            ["-m", "nbdurable.coordinator", "--home", str(home.root), "--stay"], log=log, cwd=home.root
+        )
+        deadline = time.monotonic() + START_S
+        while (found := health(home)) is None or found.pid != child.pid:
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise CoordinatorUnreachable("the coordinator did not start", todo=_ends(log))
+            time.sleep(0.02)
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(CoordinatorError):
+            stop(home)
+        if child.poll() is None:
+            child.terminate()
+            child.wait(START_S)
+
+
+@contextlib.contextmanager
+def _dashboard(home: Home, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the pages."""
+    log = home.logs / "dashboard.log"
+    words = ["-m", "nbdurable.dashboard", "--home", str(home.root), "--port", str(port), "--with-parent"]
+    child = processes.spawn(words, log=log, cwd=home.root)
+    try:
+        deadline = time.monotonic() + 2 * START_S
+        while pages(home) is None:
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise Conflict("the pages did not start", todo=_ends(log))
+            time.sleep(0.05)
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def _watch(home: Home, coordinator: subprocess.Popen[bytes], dashboard: subprocess.Popen[bytes]) -> None:
+    """Return when `nbdurable down` ended the coordinator; raise where a process ended that should not."""
+    while True:
+        if (status := coordinator.poll()) is not None:
+            if status == 0:
+                return
+            raise CoordinatorUnreachable(
+                f"the coordinator ended, status {status}", todo=_ends(home.logs / "coordinator.log")
+            )
+        if (status := dashboard.poll()) is not None:
+            raise Conflict(f"the pages ended, status {status}", todo=_ends(home.logs / "dashboard.log"))
+        time.sleep(_LOOK_S)
+
+
+def _ends(log: Any) -> str:
+    lines = "".join(f"\n    {line}" for line in processes.tail(log))
+    return f"the log {log} ends:{lines}" if lines else f"its log is {log}"
+
+
+def run_worker(home: Home) -> int:
+    """Run a worker in front until Ctrl-C or SIGTERM; return its exit status."""
+    child = subprocess.Popen([sys.executable, "-m", "nbdurable.runner", "--home", str(home.root)])
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the terminal sent it to the worker as well, which gives its runs back
+            continue

@@ -1,0 +1,182 @@
+"""Runs, a run and waits as tables for people."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbdurable.cli.follow import took
+from nbdurable.cli.project import approval_page, hint
+from nbdurable.cli.screen import STYLES, Screen, clip, clock
+from nbdurable.models import Run, RunDetail, RunStatus, Variable, Wait, WaitKind, WaitStatus
+from nbdurable.policies import size, span
+from nbdurable.settings import Home
+
+
+def cell(value: Any) -> str:
+    """Return a JSON value as a cell of a table shows it."""
+    return (
+        ""
+        if value is None
+        else clip(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 200)
+    )
+
+
+def print_runs(runs: Sequence[Run], screen: Screen) -> None:
+    """Print one line per run."""
+    if not runs:
+        screen.say("no runs")
+        return
+    now = time.time()
+    rows = [
+        (
+            run.short,
+            (run.status.value, STYLES[run.status]),
+            _near(run.notebook),
+            clock(run.created_at),
+            _length(run, now),
+            clip(run.reason, 80),
+        )
+        for run in runs
+    ]
+    screen.table(("RUN", "STATUS", "NOTEBOOK", "CREATED", "TOOK", "REASON"), rows)
+
+
+def _length(run: Run, now: float) -> str:
+    if run.started_at is None:
+        return ""
+    return span((run.ended_at or now) - run.started_at)
+
+
+def _near(path: str) -> str:
+    """Return a path as it is typed from here, where that is shorter."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return path
+
+
+def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
+    """Print all that is known of a run."""
+    screen.say(
+        (Path(run.notebook).name, "bold"),
+        f"  run {run.short}  ",
+        (run.status.value, STYLES[run.status]),
+        f"  {run.reason}",
+    )
+    facts = {
+        "id": run.id,
+        "notebook": _near(run.notebook),
+        "output": run.output and _near(run.output),
+        "parameters": ", ".join(
+            f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in run.parameters.items()
+        ),
+        "tags": ", ".join(run.tags),
+        "created": clock(run.created_at),
+        "took": _length(run, time.time()),
+        "driver": run.driver and (run.driver.label or f"{run.driver.process.role} {run.driver.process.pid}"),
+        "recoveries": str(run.recoveries) if run.recoveries else "",
+        "result": "" if run.result is None else json.dumps(run.result, ensure_ascii=False),
+    }
+    for name, fact in facts.items():
+        if fact:
+            screen.say((f"  {name:<10}  ", "dim"), clip(fact, 400))
+    if run.steps:
+        screen.say()
+        rows = [
+            (
+                step.name,
+                (step.status.value, STYLES[step.status]),
+                f"{step.executions}×",
+                f"{step.restores}×",
+                took(step),
+                clip(step.reason, 120),
+            )
+            for step in run.steps
+        ]
+        screen.table(("STEP", "STATUS", "RAN", "RESTORED", "TOOK", "REASON"), rows)
+    variables = [(step.name, found) for step in run.steps for found in step.variables]
+    if variables:
+        screen.say()
+        screen.table(
+            ("STEP", "VARIABLE", "TYPE", "SIZE", "VALUE"),
+            [(name, found.name, _kind(found), _amount(found), _value(found)) for name, found in variables],
+        )
+    trouble = [(step, attempt) for step in run.steps for attempt in step.attempts if attempt.error]
+    if trouble:
+        screen.say()
+        for step, attempt in trouble:
+            error = attempt.error
+            assert error is not None
+            said = clip(f"{error.name}: {error.message}", 200)
+            screen.say(
+                ("✗", "red"), f" {step.name}, attempt {attempt.number} at {clock(attempt.started_at)}: {said}"
+            )
+    if run.waits:
+        screen.say()
+        _waits_table(run.waits, screen)
+        _print_answers(run.waits, screen, home)
+    if run.error and run.status is RunStatus.FAILED:
+        screen.say()
+        screen.say(run.error.traceback.rstrip() or f"{run.error.name}: {run.error.message}")
+        screen.say("  → go on from the last committed step: ", (hint(home)(f"resume {run.short}"), "bold"))
+
+
+def _kind(found: Variable) -> str:
+    return " ".join(filter(None, (found.type, found.shape)))
+
+
+def _amount(found: Variable) -> str:
+    return size(found.bytes) if found.state == "saved" else found.state
+
+
+def _value(found: Variable) -> str:
+    return clip(found.reason if found.state == "unsaved" else found.preview, 100)
+
+
+def print_waits(waits: Sequence[Wait], screen: Screen, command: Callable[[str], str]) -> None:
+    """Print one line per wait, and how an approval is answered."""
+    if not waits:
+        screen.say("no run waits for anything")
+        return
+    _waits_table(waits, screen)
+    approvals = [wait for wait in waits if wait.kind is WaitKind.APPROVAL and wait.status is WaitStatus.OPEN]
+    if approvals:
+        screen.say(
+            "  → ",
+            (command(f"approve {approvals[0].id}"), "bold"),
+            " or ",
+            (command(f"reject {approvals[0].id}"), "bold"),
+        )
+
+
+def _waits_table(waits: Sequence[Wait], screen: Screen) -> None:
+    rows = [
+        (
+            wait.id,
+            wait.kind.value,
+            wait.status.value,
+            wait.run_id[-8:],
+            wait.step or "",
+            clip(wait.title),
+            clock(wait.due_at) if wait.due_at else clip(wait.preview, 80),
+        )
+        for wait in waits
+    ]
+    screen.table(("WAIT", "KIND", "STATUS", "RUN", "STEP", "TITLE", "VALUE"), rows)
+
+
+def _print_answers(waits: Sequence[Wait], screen: Screen, home: Home) -> None:
+    for wait in waits:
+        if wait.answer:
+            word = "approved" if wait.answer.approved else "rejected"
+            said = f": {clip(wait.answer.comment, 200)}" if wait.answer.comment else ""
+            screen.say(f"  {wait.id} {word} by {wait.answer.by} at {clock(wait.answer.at)}{said}")
+        elif wait.kind is WaitKind.APPROVAL and wait.status is WaitStatus.OPEN:
+            page = approval_page(home)(wait)
+            screen.say(
+                "  → ", (hint(home)(f"approve {wait.id}"), "bold"), *((f"   or  {page}",) if page else ())
+            )
