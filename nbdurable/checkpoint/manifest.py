@@ -1,0 +1,140 @@
+"""The manifest: what a checkpoint consists of, as data, signed.
+
+Owns the shape, its signature and the bytes that travel inside it. Knows nothing of values: no pickle here. A
+manifest is parsed only after its signature was verified, and it carries the digest of every byte that is ever
+unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from nbdurable.checkpoint.blobs import BlobStore, digest_of
+from nbdurable.errors import BlobDamaged, CheckpointError
+from nbdurable.models import Shape, SignedManifest, Variable
+from nbdurable.security import sign, verify
+
+FORMAT = 1
+INLINE_BYTES = 16 << 10  # at most; larger contents are files
+
+
+class InputFact(Shape):
+    """What an input was when the step ran."""
+
+    value: str  # fingerprint of its value
+    origin: str  # fingerprint of the source that last wrote it
+    label: str = ""  # that source, for people: "cell 2"
+
+
+class HelperFact(Shape):
+    """What a function or class of the notebook was when the step that uses it ran."""
+
+    ast: str  # digest of its code without positions, comments and whitespace
+    state: str  # fingerprint of defaults, closure values and class attributes; "" where it is not known
+    source: str = ""  # at most 20 kB, to show what changed
+    label: str = ""  # where it stands, for people: "cell 2"
+
+
+class CodeFacts(Shape):
+    """The code that a step ran."""
+
+    source: str
+    digest: str
+    helpers: dict[str, HelperFact] = Field(default_factory=dict)
+    modules: dict[str, str] = Field(default_factory=dict)  # project module → digest of its source
+    python: str = ""  # "3.11"
+
+
+class Blob(Shape):
+    """Bytes of a checkpoint: a file of the blob store, or base64 inside the manifest."""
+
+    digest: str
+    size: int
+    inline: str | None = None
+
+
+class Group(Shape):
+    """Variables that were pickled together because they share objects.
+
+    `stream` holds one pickle per name, in the order of `names`, with one memo; `buffers` are those out of
+    band.
+    """
+
+    names: tuple[str, ...]
+    stream: Blob
+    buffers: tuple[Blob, ...] = ()
+
+
+class Manifest(Shape):
+    """A checkpoint: everything that a committed step left."""
+
+    format: Literal[1] = 1
+    run_id: str
+    step: str
+    created_at: float
+    duration_s: float
+    code: CodeFacts
+    inputs: dict[str, InputFact] = Field(default_factory=dict)
+    fingerprints: dict[str, str] = Field(default_factory=dict)  # of every written name, after the step
+    variables: tuple[Variable, ...] = ()
+    groups: tuple[Group, ...] = ()
+    deleted: tuple[str, ...] = ()
+    random: Blob | None = None
+    outputs: Blob | None = None  # JSON list of nbformat outputs
+    resume_at: int | None = None  # top-level statement at which a waiting cell goes on
+    wait_keys: tuple[str, ...] = ()
+
+    def blobs(self) -> tuple[Blob, ...]:
+        """Return everything that this checkpoint needs."""
+        grouped = tuple(blob for group in self.groups for blob in (group.stream, *group.buffers))
+        return grouped + tuple(blob for blob in (self.random, self.outputs) if blob is not None)
+
+
+def put_blob(data: bytes | memoryview, blobs: BlobStore) -> Blob:
+    """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`)."""
+    view = memoryview(data).cast("B")
+    if len(view) <= INLINE_BYTES:
+        return Blob(digest=digest_of(view), size=len(view), inline=base64.b64encode(view).decode())
+    return Blob(digest=blobs.put(view), size=len(view))
+
+
+def read_blob(blob: Blob, blobs: BlobStore) -> memoryview:
+    """Return a manifest's bytes, verified; raises BlobMissing, BlobDamaged."""
+    if blob.inline is None:
+        return blobs.read(blob.digest, blob.size)
+    data = bytearray(base64.b64decode(blob.inline))
+    if len(data) != blob.size or digest_of(data) != blob.digest:
+        raise BlobDamaged(
+            f"the inlined blob {blob.digest} is not what was written", todo="run the step again"
+        )
+    return memoryview(data)
+
+
+def seal(manifest: Manifest, key: bytes) -> SignedManifest:
+    """Sign a manifest with the project's key."""
+    return sign(manifest.model_dump_json(), key)
+
+
+def unseal(signed: SignedManifest, key: bytes, *, of: str) -> Manifest:
+    """Return a manifest once its signature holds; `of` names the checkpoint in errors.
+
+    Raises BadSignature before anything is parsed, CheckpointError for a manifest of a newer nbdurable.
+    """
+    text = verify(signed, key, of=of)
+    fields = json.loads(text)
+    if fields.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{of} has format {fields.get('format')!r}, of a newer nbdurable (this one reads {FORMAT})",
+            todo="upgrade nbdurable here, or run the step again (`%durable rerun NAME`)",
+        )
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{of} has {error.error_count()} fields that this nbdurable can't read: another version wrote it",
+            todo="upgrade nbdurable here, or run the step again (`%durable rerun NAME`)",
+        ) from error
