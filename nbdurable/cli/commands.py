@@ -193,6 +193,7 @@ def run(
         kernel_name=kernel,
         tags=tuple(tag or ()),
         idempotency_key=idempotency_key,
+        warn=lambda sentence: warn(("note: ", "yellow"), sentence),
     )
     screen.say(
         *heading(created),
@@ -261,7 +262,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say for each step whether it would run or be restored, and why."""
-    raise NotImplementedError
+    from nbdurable.cli.plans import print_plan
+
+    print_plan(target, Screen(json=as_json))
 
 
 @app.command(epilog="Example: nbdurable logs -f 4fb29c1e")
@@ -369,7 +372,7 @@ def _answer(wait_id: str, *, approved: bool, value: str | None, comment: str, as
                 todo="""nothing was answered. Text needs its own quotes: --value '"text"'""",
             ) from None
     client = connect()
-    found = client.call(GET_WAIT, ReadWait(wait_id=wait_id.upper()))
+    found = client.call(GET_WAIT, ReadWait(wait_id=wait_id))
     answered = client.call(
         ANSWER_WAIT,
         AnswerWait(

@@ -155,7 +155,7 @@ def states(client: Client, run_id: str) -> Iterator[RunDetail]:
 
 def follow(client: Client, run_id: str, screen: Screen, story: Story) -> RunDetail:
     """Print what a run does until it has ended or waits for a person; return its state then."""
-    with _bar(screen) as update:
+    with progress_bar(screen) as update:
         for run in states(client, run_id):
             for line in story.lines(run):
                 screen.say(*line)
@@ -164,7 +164,7 @@ def follow(client: Client, run_id: str, screen: Screen, story: Story) -> RunDeta
 
 
 @contextmanager
-def _bar(screen: Screen) -> Iterator[Callable[[RunDetail], None]]:
+def progress_bar(screen: Screen) -> Iterator[Callable[[RunDetail], None]]:
     """Show a progress bar of steps below the lines, where somebody looks; it is gone in the end."""
     if not screen.console.is_terminal:
         yield lambda run: None

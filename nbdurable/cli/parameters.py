@@ -1,7 +1,7 @@
 """Parameters of a run as text: `-p NAME VALUE`, and a file of them.
 
-Owns how a word of the command line becomes a JSON value; knows no
-notebook and no run: which names and values a notebook takes is checked when the run is created.
+Owns how a word of the command line becomes a JSON value; knows no notebook and no run: which names
+and values a notebook takes is checked when the run is created.
 """
 
 from __future__ import annotations

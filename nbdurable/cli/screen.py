@@ -1,7 +1,7 @@
 """What the commands print: lines and tables for people, JSON for scripts.
 
-Owns how lines, moments and variables look, and that JSON mode leaves stdout to JSON alone. Text of notebooks and
-models reaches a terminal only through `plain`, so that it can't steer it. Knows no command.
+Owns how lines, moments and variables look, and that JSON mode leaves stdout to JSON alone. Text of notebooks
+and models reaches a terminal only through `plain`, so that it can't steer it. Knows no command.
 """
 
 from __future__ import annotations

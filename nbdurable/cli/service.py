@@ -186,7 +186,7 @@ def _ends(log: Any) -> str:
 
 def run_worker(home: Home) -> int:
     """Run a worker in front until Ctrl-C or SIGTERM; return its exit status."""
-    child = subprocess.Popen([sys.executable, "-m", "nbdurable.runner", "--home", str(home.root)])
+    child = subprocess.Popen([sys.executable, "-m", "nbdurable.runner.worker", "--home", str(home.root)])
     while True:
         try:
             return child.wait()

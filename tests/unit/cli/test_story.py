@@ -1,0 +1,181 @@
+"""What a followed run says: `Story` turns successive states into lines, each told once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nbdurable.cli.follow import EXIT_STATUS, Story, needs_person
+from nbdurable.cli.screen import Line, plain
+from nbdurable.models import (
+    Attempt,
+    DriverKind,
+    ErrorInfo,
+    RunDetail,
+    RunStatus,
+    Step,
+    StepStatus,
+    Variable,
+    Wait,
+    WaitKind,
+    WaitStatus,
+)
+
+
+def a_run(status: RunStatus = RunStatus.RUNNING, **fields: Any) -> RunDetail:
+    return RunDetail(
+        id="0199f3c2" * 4,
+        notebook="/work/agent.ipynb",
+        status=status,
+        reason="",
+        kind=DriverKind.HEADLESS,
+        created_at=0,
+        updated_at=0,
+        **fields,
+    )
+
+
+def a_step(status: StepStatus = StepStatus.COMPLETED, *, name: str = "search", **fields: Any) -> Step:
+    attempts = fields.pop(
+        "attempts", (Attempt(number=1, status="completed", epoch=1, started_at=10.0, ended_at=12.1),)
+    )
+    return Step(name=name, status=status, reason="no checkpoint", executions=1, attempts=attempts, **fields)
+
+
+def a_wait(kind: WaitKind, status: WaitStatus = WaitStatus.OPEN) -> Wait:
+    return Wait(
+        id="7K2MXD",
+        run_id="0199f3c2" * 4,
+        key="review",
+        kind=kind,
+        status=status,
+        title="Publish?",
+        step="review",
+        created_at=0,
+    )
+
+
+def a_story(page: str | None = None) -> Story:
+    return Story(lambda wait: page, lambda command: f"nbdurable {command}")
+
+
+def told(story: Story, run: RunDetail) -> list[str]:
+    return [_text(line) for line in story.lines(run)]
+
+
+def _text(line: Line) -> str:
+    return " ".join("".join(part if isinstance(part, str) else part[0] for part in line).split())
+
+
+def test_a_finished_step_is_told_once() -> None:
+    """Guarantee 9: what was done, how long it took, and what it left."""
+    story = a_story()
+    step = a_step(variables=(Variable(name="results", type="list", shape="list[10]", bytes=42_000),))
+    assert told(story, a_run(steps=(step,))) == ["✓ search 2.1 s results list[10] 42 kB"]
+    assert told(story, a_run(steps=(step,))) == []
+
+
+def test_a_step_under_way_says_nothing_yet() -> None:
+    """Only ends are told; the bar shows what is under way."""
+    assert told(a_story(), a_run(steps=(a_step(StepStatus.RUNNING),))) == []
+
+
+def test_a_restored_step_says_why() -> None:
+    """Guarantee 9: the reason of the decision to restore."""
+    story, before = a_story(), a_step()
+    told(story, a_run(steps=(before,)))
+    after = before.model_copy(update={"restores": 1, "reason": "same code and inputs"})
+    assert told(story, a_run(steps=(after,))) == ["↺ search restored · same code and inputs"]
+
+
+def test_a_step_that_runs_after_it_was_restored_is_no_restore() -> None:
+    """The newest decision counts, not that there was ever a restore."""
+    story, restored = a_story(), a_step(restores=1)
+    told(story, a_run(steps=(restored,)))
+    assert told(story, a_run(steps=(restored.model_copy(update={"executions": 2}),))) == ["✓ search 2.1 s"]
+
+
+def test_an_attempt_after_trouble_names_the_trouble() -> None:
+    """Guarantee 9: why there was a second attempt."""
+    failed = Attempt(
+        number=1,
+        status="failed",
+        epoch=1,
+        started_at=0,
+        ended_at=1,
+        error=ErrorInfo(name="HTTPError", message="429"),
+    )
+    done = Attempt(number=2, status="completed", epoch=1, started_at=5, ended_at=13.4)
+    assert told(a_story(), a_run(steps=(a_step(attempts=(failed, done)),))) == [
+        "✓ search 8.4 s attempt 2 (HTTPError: 429)"
+    ]
+
+
+def test_what_was_not_saved_is_said_with_its_reason() -> None:
+    """Guarantee 7: a variable that can't be saved is named at once."""
+    client = Variable(name="client", type="OpenAI", state="unsaved", reason="holds a connection")
+    assert told(a_story(), a_run(steps=(a_step(variables=(client,)),))) == [
+        "✓ search 2.1 s · client not saved: holds a connection"
+    ]
+
+
+def test_a_failed_step_says_what_failed() -> None:
+    """Guarantee 11: which step, which error."""
+    attempt = Attempt(
+        number=1,
+        status="failed",
+        epoch=1,
+        started_at=0,
+        ended_at=1,
+        error=ErrorInfo(name="ValueError", message="no\ndata"),
+    )
+    assert told(a_story(), a_run(steps=(a_step(StepStatus.FAILED, attempts=(attempt,)),))) == [
+        "✗ search ValueError: no data"
+    ]
+
+
+def test_a_recovery_is_told() -> None:
+    """Guarantee 6 is no secret: the loss of a driver is told when it happens, not when a follow begins."""
+    story = a_story()
+    assert told(story, a_run(recoveries=1)) == []
+    assert told(story, a_run(recoveries=2)) == [
+        "↻ the run lost its worker or kernel and goes on (recovery 2)"
+    ]
+
+
+def test_an_approval_names_the_command_and_the_page_that_answer() -> None:
+    """Guarantee 5: whoever reads the line can answer."""
+    run = a_run(RunStatus.WAITING, waits=(a_wait(WaitKind.APPROVAL),))
+    line = "⏸ review waits for approval “Publish?” → nbdurable approve 7K2MXD or http://127.0.0.1:8977/ui/approvals/7K2MXD"
+    assert told(a_story("http://127.0.0.1:8977/ui/approvals/7K2MXD"), run) == [line]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "needed"),
+    [
+        (WaitKind.APPROVAL, WaitStatus.OPEN, True),
+        (WaitKind.APPROVAL, WaitStatus.ANSWERED, False),
+        (WaitKind.TIMER, WaitStatus.OPEN, False),
+    ],
+)
+def test_only_an_open_approval_ends_a_follow(kind: WaitKind, status: WaitStatus, needed: bool) -> None:
+    """A run that sleeps goes on by itself; one that waits for a person ends the command with status 3."""
+    assert needs_person(a_run(RunStatus.WAITING, waits=(a_wait(kind, status),))) is needed
+
+
+def test_each_status_that_ends_a_follow_has_its_exit_status() -> None:
+    """Design §6: 0 completed, 1 failed, 3 waiting, 4 cancelled."""
+    wanted = {
+        RunStatus.COMPLETED: 0,
+        RunStatus.FAILED: 1,
+        RunStatus.PAUSED: 1,
+        RunStatus.WAITING: 3,
+        RunStatus.CANCELLED: 4,
+    }
+    assert wanted == EXIT_STATUS
+
+
+def test_text_of_a_notebook_can_not_steer_the_terminal() -> None:
+    """Escapes, carriage returns and bidirectional controls of a title or a value are dropped."""
+    assert plain("a\x1b[2Jb\rc\u202ed\te\nf") == "a[2Jbcd\te\nf"
