@@ -1,0 +1,96 @@
+"""What nbdurable itself says in a cell: the one quiet line of a step, and the card of an approval.
+
+Owns words and markup; decides nothing. Everything also has a text form, for consoles and saved notebooks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from html import escape
+from typing import Any
+
+from nbdurable.models import Variable, Wait, WaitStatus
+from nbdurable.policies import size
+from nbdurable.settings import Home
+
+APPROVAL_MIME = "application/vnd.nbdurable.approval+json"
+_SHOWN_VARIABLES = 4
+_QUIET = "font: 12px/1.5 var(--jp-code-font-family, ui-monospace, monospace); white-space: pre-wrap; opacity: .72"
+
+
+def say(shell: Any, text: str) -> None:
+    """Display a quiet line (or a few) below the cell's own output."""
+    data = {"text/plain": text, "text/html": f'<div style="{_QUIET}">{escape(text)}</div>'}
+    shell.display_pub.publish(data, {"nbdurable": {"note": True}})
+
+
+def summary(variables: Iterable[Variable]) -> str:
+    """Sum up what a checkpoint holds: `results list[10] 42 kB · draft str 3 kB · and 3 more`."""
+    saved = [v for v in variables if v.state == "saved"]
+    parts = [" ".join(filter(None, (v.name, v.shape or v.type, size(v.bytes)))) for v in saved[:_SHOWN_VARIABLES]]
+    if len(saved) > _SHOWN_VARIABLES:
+        parts.append(f"and {len(saved) - _SHOWN_VARIABLES} more")
+    return " · ".join(parts)
+
+
+def notices(variables: Iterable[Variable]) -> list[str]:
+    """Name each variable that was not saved, with the reason and what to do."""
+    return [f"{v.name} not saved: {v.reason}" for v in variables if v.state == "unsaved"]
+
+
+def clock(at: float) -> str:
+    """Write a moment for people, in the local time zone."""
+    moment = datetime.fromtimestamp(at).astimezone()
+    today = datetime.now().astimezone().date()
+    return moment.strftime("%H:%M") if moment.date() == today else moment.strftime("%Y-%m-%d %H:%M")
+
+
+def _page(home: Home, wait: Wait) -> str | None:
+    """Return the address of the approval's page, where pages are served now."""
+    try:
+        url = json.loads(home.dashboard.read_text())["url"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return f"{url}/ui/approvals/{wait.id}"
+
+
+def decided(wait: Wait) -> str:
+    """Say who decided what, and when."""
+    answer = wait.answer
+    if answer is None:
+        return "cancelled" if wait.status is WaitStatus.CANCELLED else "open"
+    word = ("approved with edits" if answer.edited else "approved") if answer.approved else "rejected"
+    comment = f": {answer.comment}" if answer.comment else ""
+    return f"{word} by {answer.by}, {clock(answer.at)}{comment}"
+
+
+def card(wait: Wait, home: Home) -> dict[str, Any]:
+    """Return an approval as a display: our MIME type (no secrets), HTML that means something when saved, and text."""
+    is_open = wait.status is WaitStatus.OPEN
+    page = _page(home, wait) if is_open else None
+    commands = f"nbdurable approve {wait.id}   ·   nbdurable reject {wait.id}"
+    value = wait.preview
+    text = [f"⏸ {wait.title}" if is_open else f"{'✓' if wait.answer and wait.answer.approved else '✗'} {wait.title}"]
+    text += [f"    {line}" for line in value.splitlines()]
+    text.append(f"  {commands}" if is_open else f"  {decided(wait)}")
+    if page:
+        text.append(f"  or {page}")
+    state = (
+        f"<code>{escape(commands)}</code>" + (f'<br>or <a href="{escape(page)}">open its page</a>' if page else "")
+        if is_open
+        else f"<strong>{escape(decided(wait))}</strong>"
+    )
+    html = (
+        '<div style="border: 1px solid #8885; border-left: 4px solid '
+        + ("#c98a00" if is_open else "#2e7d32" if wait.answer and wait.answer.approved else "#b3261e")
+        + '; border-radius: 4px; padding: 8px 12px; max-width: 60em">'
+        f"<div><strong>{escape(wait.title)}</strong></div>"
+        f'<pre style="white-space: pre-wrap; max-height: 24em; overflow: auto; margin: 6px 0">{escape(value)}</pre>'
+        f"<div>{state}</div></div>"
+    )
+    public = {"wait": wait.id, "run": wait.run_id, "title": wait.title, "status": wait.status.value}
+    if wait.answer is not None:
+        public["decision"] = decided(wait)
+    return {APPROVAL_MIME: public, "text/html": html, "text/plain": "\n".join(text)}

@@ -1,0 +1,162 @@
+"""What would happen to each step of a notebook, without running it: `%durable plan` and `nbdurable plan`.
+
+Owns how a notebook's cells are read and walked; the verdicts are `checkpoint/plan.py`'s own.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from IPython.core.inputtransformer2 import TransformerManager
+
+from nbdurable.checkpoint import analysis
+from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest
+from nbdurable.checkpoint.plan import Origins, decide
+from nbdurable.errors import StepUsageError
+from nbdurable.kernel.rewrite import StepOptions, is_step, parse_step_line, rewrite_lines, take_marker
+
+
+@dataclass(frozen=True)
+class NotebookCell:
+    """A code cell as it stands in the file; `options` where it is a step."""
+
+    id: str
+    source: str
+    options: StepOptions | None
+    problem: str = ""  # why its `%%step` line can't be used
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What would happen to a step, and why."""
+
+    step: str
+    action: str  # restore, continue, run
+    reason: str
+
+
+def read_cells(notebook: Path) -> list[NotebookCell]:
+    """Read the code cells of a notebook file; empty where there is none that can be read."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return parse_cells(cells)
+
+
+def parse_cells(cells: Sequence[Mapping[str, object]]) -> list[NotebookCell]:
+    """Turn the cells of a notebook's JSON into code cells with their step options."""
+    found = []
+    for index, cell in enumerate(cells):
+        if cell.get("cell_type") != "code":
+            continue
+        text = cell.get("source", "")
+        source = text if isinstance(text, str) else "".join(text)  # type: ignore[arg-type]
+        options, problem = None, ""
+        if is_step(source):
+            try:
+                options = parse_step_line(source.lstrip().splitlines()[0])
+            except StepUsageError as error:
+                problem = error.message
+        found.append(NotebookCell(str(cell.get("id") or f"cell-{index}"), source, options, problem))
+    return found
+
+
+def foresee(
+    cells: Sequence[NotebookCell], known: Mapping[str, Manifest], project: Path, *, every_cell: bool = False
+) -> list[Foreseen]:
+    """Say for each step of a notebook whether it would be restored or run, in a new kernel, and why.
+
+    `known`: the verified manifests of a run's steps. Values that only a run can make are taken as unchanged.
+    """
+    origins = Origins()
+    plain: list[tuple[str, str]] = []
+    running: set[str] = set()
+    foreseen: list[Foreseen] = []
+    for cell in cells:
+        tree = _tree(cell.source)
+        if tree is None:
+            if cell.options is not None or cell.problem:
+                name = cell.options.name if cell.options else cell.id
+                foreseen.append(Foreseen(name, "run", cell.problem or "its code has a syntax error"))
+            continue
+        take_marker(tree)
+        name = cell.options.name if cell.options else cell.id
+        names = analysis.analyse(tree, cell.source)
+        code_digest = analysis.code_digest(ast.unparse(tree))
+        if cell.problem:
+            foreseen.append(Foreseen(name, "run", cell.problem))
+            continue
+        if cell.options is None and not every_cell:
+            plain.append((cell.id, ast.unparse(tree)))
+            origins.plain_cell(names, code_digest, label_of(cell.source))
+            continue
+        recorded = known.get(name)
+        if recorded is None:
+            verdict_action, reason = "run", "it has no checkpoint yet"
+            fingerprints = {stored: "" for stored in names.stores}
+        else:
+            helpers = analysis.helpers_in_source(plain, set(recorded.code.helpers) | set(names.loads))
+            code = CodeFacts(
+                source=cell.source.lstrip().partition("\n")[2] if cell.options else cell.source,
+                digest=code_digest,
+                helpers={**{n: f for n, f in recorded.code.helpers.items() if n not in helpers}, **helpers},
+                modules=recorded.code.modules | analysis.modules_now(recorded.code.modules, project),
+                python=f"{sys.version_info.major}.{sys.version_info.minor}",
+            )
+            inputs = {n: _input(n, fact, origins, running) for n, fact in recorded.inputs.items()}
+            options = cell.options
+            verdict = decide(
+                recorded,
+                code,
+                lambda inputs=inputs: inputs,  # type: ignore[misc]
+                step=name,
+                visited=False,
+                on_drift="rerun",
+                forced="forced by --force" if options and options.force else None,
+            )
+            verdict_action = "run" if verdict.action == "execute" else verdict.action
+            reason = _reason(verdict.drifted, recorded, running) or verdict.reason
+            fingerprints = dict(recorded.fingerprints)
+        if verdict_action == "run":
+            running.add(name)
+            fingerprints = {**fingerprints, **{stored: "" for stored in names.stores}}
+        origins.step(name, fingerprints, recorded.deleted if recorded else ())
+        foreseen.append(Foreseen(name, verdict_action, reason))
+    return foreseen
+
+
+def _input(name: str, fact: InputFact, origins: Origins, running: set[str]) -> InputFact:
+    """Return an input's fact now: its value is as recorded if its origin is, and no step before will run for it."""
+    origin = origins[name]
+    if origin.step in running:
+        return InputFact(value="", origin=fact.origin, label=origin.label)
+    same = origin.digest == fact.origin
+    return InputFact(value=fact.value if same else "", origin=origin.digest, label=origin.label)
+
+
+def _reason(drifted: tuple[str, ...], recorded: Manifest, running: set[str]) -> str:
+    if not drifted:
+        return ""
+    step = recorded.inputs[drifted[0]].label.removeprefix("step ")
+    return f"its input `{drifted[0]}` comes from {step}" if step in running else ""
+
+
+def label_of(source: str) -> str:
+    """Name a plain cell for people, by its first line."""
+    first = next((line.strip() for line in source.splitlines() if line.strip()), "")
+    return f"the cell `{first if len(first) <= 40 else first[:39] + '…'}`"
+
+
+def _tree(source: str) -> ast.Module | None:
+    manager = TransformerManager()
+    manager.cleanup_transforms.append(rewrite_lines)
+    try:
+        return ast.parse(manager.transform_cell(source))
+    except (SyntaxError, ValueError, StepUsageError):
+        return None

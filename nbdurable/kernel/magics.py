@@ -1,0 +1,159 @@
+"""`%durable`: what a person asks about the run, and tells it, from within the notebook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from IPython.core.magic import Magics, line_magic, magics_class
+
+from nbdurable import contract
+from nbdurable.errors import DurableError, LeaseHeld, UsageError
+from nbdurable.kernel import display
+from nbdurable.kernel.foresight import foresee, read_cells
+from nbdurable.kernel.session import Session
+from nbdurable.models import DriverKind, RunDetail, StepStatus
+from nbdurable.policies import span
+
+HELP = """\
+%durable status         this run's steps: what was kept, how often each ran
+%durable plan           what would happen to each step now, and why
+%durable rerun NAME     let the step run when its cell is executed next
+%durable new            end this run and begin a new one: nothing is kept from this one
+%durable takeover       drive the run from this kernel, though another one does
+%durable runs           the notebook's runs
+%durable help           this"""
+
+_MARKS = {
+    StepStatus.RUNNING: "…",
+    StepStatus.WAITING: "⏸",
+    StepStatus.COMPLETED: "✓",
+    StepStatus.FAILED: "✗",
+    StepStatus.REPLAY: "↻",
+}
+
+
+@magics_class
+class DurableMagics(Magics):  # type: ignore[misc]
+    """`%durable` and its words."""
+
+    def __init__(self, shell: Any, session: Session) -> None:
+        super().__init__(shell)
+        self._session = session
+
+    @line_magic
+    def durable(self, line: str) -> None:
+        """Ask about this notebook's run, or tell it something: `%durable help` lists what."""
+        word, *rest = line.split() or ["help"]
+        words: dict[str, Callable[[list[str]], str]] = {
+            "status": self._status,
+            "plan": self._plan,
+            "rerun": self._rerun,
+            "new": self._new,
+            "takeover": self._takeover,
+            "runs": self._runs,
+            "help": lambda _: HELP,
+        }
+        if word not in words:
+            raise UsageError(f"`%durable` has no word {word!r}", todo=f"its words are {', '.join(words)}")
+        display.say(self.shell, words[word](rest))
+
+    def _detail(self) -> RunDetail | None:
+        session = self._session
+        if session.run is None:
+            return None
+        return session.client.call(contract.GET_RUN, contract.ByRun(run_id=session.run.id))
+
+    def _status(self, _: list[str]) -> str:
+        detail = self._detail()
+        if detail is None:
+            return "no run yet: the first step cell begins one"
+        lines = [f"run {detail.short}, {detail.status}: {detail.reason}"]
+        width = max((len(step.name) for step in detail.steps), default=0)
+        for step in detail.steps:
+            counts = f"ran {step.executions}×, restored {step.restores}×"
+            lines.append(f" {_MARKS[step.status]} {step.name:<{width}}  {step.status:<9}  {counts}  {step.reason}")
+        lines += [f" ⏸ {w.title}  →  nbdurable approve {w.id}" for w in detail.waits if w.answer is None]
+        return "\n".join(lines)
+
+    def _plan(self, _: list[str]) -> str:
+        session = self._session
+        cells = read_cells(session.notebook)
+        known = {}
+        for step in session.checkpoints:
+            manifest = session.manifest(step)
+            if manifest is not None:
+                known[step] = manifest
+        if not cells:
+            if not known:
+                return "no step is kept yet"
+            return "\n".join(f" {step}  kept {span(time.time() - m.created_at)} ago" for step, m in known.items())
+        planned = foresee(cells, known, session.project, every_cell=session.every_cell)
+        if not planned:
+            return f"{session.notebook.name} has no step cells (as it was last saved)"
+        width = max(len(item.step) for item in planned)
+        return "\n".join(
+            f" {item.step:<{width}}  {'run' if item.step in session.to_rerun else item.action:<8}  "
+            f"{'asked for by %durable rerun' if item.step in session.to_rerun else item.reason}"
+            for item in planned
+        )
+
+    def _rerun(self, names: list[str]) -> str:
+        if not names:
+            raise UsageError("`%durable rerun` needs a step's name", todo="`%durable status` lists them")
+        known = self._session.checkpoints
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    f"no step `{name}` is kept in this run",
+                    todo=f"kept are {', '.join(known)}" if known else "nothing is kept yet: just run the cell",
+                )
+        self._session.to_rerun |= set(names)
+        return "\n".join(f"{name} will run when its cell is executed next" for name in names)
+
+    def _new(self, _: list[str]) -> str:
+        old = self._session.run
+        run = self._session.start_new()
+        return f"run {run.short} begins" + (f"; run {old.short} is closed, its history stays" if old else "")
+
+    def _takeover(self, _: list[str]) -> str:
+        session = self._session
+        run = session.open_run()
+        if run is None:
+            return "this notebook has no open run"
+        session.take_up(run, take_over=True)
+        return f"this kernel now drives run {run.short}: {len(session.checkpoints)} steps kept"
+
+    def _runs(self, _: list[str]) -> str:
+        session = self._session
+        question = contract.ListRuns(notebook=str(session.notebook), limit=20)
+        runs = session.client.call(contract.LIST_RUNS, question).runs
+        if not runs:
+            return "this notebook has no runs yet"
+        now = time.time()
+        return "\n".join(
+            f" {run.short}  {run.status:<9}  {span(now - run.created_at)} ago  "
+            f"{'interactive' if run.kind is DriverKind.INTERACTIVE else 'headless'}  {run.reason}"
+            for run in runs
+        )
+
+
+def greet(session: Session) -> str:
+    """Take up the notebook's open run, and say so in one line."""
+    name = session.notebook.name
+    run = session.open_run()
+    if run is None:
+        return f"{name}: no open run; the first step cell begins one.  %durable help"
+    try:
+        session.take_up(run)
+    except LeaseHeld as error:
+        return f"{name}, run {run.short}: {error.message}.\n  → {error.todo}"
+    except DurableError as error:
+        return str(error)
+    kept = len(session.checkpoints)
+    steps = [cell for cell in read_cells(session.notebook) if cell.options is not None]
+    of = f"{kept} of {len(steps)}" if steps else str(kept)
+    newest = max((c.at for c in session.checkpoints.values()), default=None)
+    age = f", {span(max(0.0, time.time() - newest))} old" if newest is not None else ""
+    return f"{name}, run {run.short}: {of} steps kept{age} ({run.reason}).  %durable plan · %durable new"

@@ -1,0 +1,204 @@
+"""The run that this kernel drives, and what it knows of the run's steps.
+
+Owns `Session`: run, epoch, client, checkpoints known, origins of variables, the lease's heartbeat. One per kernel
+(`current`). Carries out no step (`step.py`) and displays nothing (`display.py`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from nbdurable import contract, security
+from nbdurable.checkpoint.blobs import LocalBlobs
+from nbdurable.checkpoint.manifest import Manifest, unseal
+from nbdurable.checkpoint.plan import Origins
+from nbdurable.checkpoint.track import Tracker
+from nbdurable.client import Client
+from nbdurable.errors import DurableError, Fenced, LeaseHeld, UsageError
+from nbdurable.kernel import namespace, whereabouts
+from nbdurable.models import Checkpoint, Driver, DriverKind, Run, StepStatus
+from nbdurable.processes import identity
+from nbdurable.settings import Home, Settings, find_home
+
+HEARTBEAT_S = 5.0
+_GOODBYE_S = 2.0
+
+
+class Session:
+    """One kernel's side of a run.
+
+    Headless, the run and the epoch come from the environment that the runner set. Interactive, `take_up` finds the
+    notebook's open run, and the first step creates one where there is none.
+    """
+
+    def __init__(self, shell: Any) -> None:
+        self.shell = shell
+        self.values: dict[str, Any] = shell.user_ns
+        run_id = os.environ.get("NBDURABLE_RUN_ID")
+        self.headless = run_id is not None
+        self.every_cell = os.environ.get("NBDURABLE_STEPS") == "all"
+        self.notebook = whereabouts.notebook_path(self.values)
+        self.home: Home = find_home(self.notebook).create()
+        self.settings = Settings.load(self.home)
+        self.client = Client(self.home)
+        self.key = security.load_key(self.home)
+        self.blobs = LocalBlobs(self.home.blobs)
+        self.tracker = Tracker(self.values, ignore=namespace.is_kernels_own(shell))
+        self.origins = Origins()
+        self.run: Run | None = None
+        self.checkpoints: dict[str, Checkpoint] = {}
+        self.visited: set[str] = set()
+        self.to_rerun: set[str] = set()
+        self.cells: dict[str, str] = {}  # step → id of the cell that it was last seen in
+        self.trouble: DurableError | None = None  # why no step can run now
+        self._manifests: dict[int, Manifest] = {}
+        self._stop = threading.Event()
+        if run_id is not None:
+            self._drive(self.client.call(contract.GET_RUN, contract.ByRun(run_id=run_id)))
+            self._epoch = int(os.environ["NBDURABLE_EPOCH"])
+        else:
+            threading.Thread(target=self._keep_lease, name="nbdurable-heartbeat", daemon=True).start()
+            atexit.register(self.close)
+
+    # The run ------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def run_id(self) -> str:
+        """Return the id of the run, created now where there is none; raises what keeps steps from running."""
+        if self.trouble is not None:
+            raise self.trouble
+        if self.run is None:
+            self.start_new()
+        assert self.run is not None
+        return self.run.id
+
+    @property
+    def project(self) -> Path:
+        """Return the project's root: its modules count as code of the notebook."""
+        return self.home.root.parent
+
+    def open_run(self) -> Run | None:
+        """Return the notebook's newest run that a kernel can go on with."""
+        question = contract.ListRuns(notebook=str(self.notebook), kind=DriverKind.INTERACTIVE, limit=1)
+        runs = self.client.call(contract.LIST_RUNS, question).runs
+        return runs[0] if runs and not runs[0].status.is_final else None
+
+    def take_up(self, run: Run, *, take_over: bool = False) -> None:
+        """Begin to drive an open run.
+
+        Raises LeaseHeld where another kernel drives it; steps are refused with it, until `take_over` or `start_new`.
+        """
+        question = contract.LeaseRun(run_id=run.id, driver=self._driver(), take_over=take_over)
+        try:
+            self._drive(self.client.call(contract.LEASE_RUN, question))
+        except LeaseHeld as error:
+            self.trouble = LeaseHeld(
+                error.message, todo="`%durable takeover` drives it from here, `%durable new` starts another run"
+            )
+            raise self.trouble from None
+
+    def start_new(self) -> Run:
+        """Create a run for this notebook and drive it; an open one that this kernel drives ends."""
+        if self.headless:
+            raise UsageError("a headless run can't start another one from here", todo="`nbdurable run NOTEBOOK`")
+        if self.run is not None and self.trouble is None:
+            reason = "a new run of the notebook was started (`%durable new`)"
+            with contextlib.suppress(Fenced):
+                question = contract.CloseRun(run_id=self.run.id, epoch=self.epoch, reason=reason)
+                self.client.call(contract.CLOSE_RUN, question)
+        question_ = contract.CreateRun(
+            notebook=str(self.notebook), kind=DriverKind.INTERACTIVE, driver=self._driver(), cwd=str(Path.cwd())
+        )
+        self._drive(self.client.call(contract.CREATE_RUN, question_))
+        assert self.run is not None
+        return self.run
+
+    def new_client(self) -> Client:
+        """Return another client, for a thread that waits."""
+        return Client(self.home)
+
+    def _driver(self) -> Driver:
+        process = identity("kernel")
+        return Driver(kind=DriverKind.INTERACTIVE, process=process, label=f"kernel {process.pid} on {process.host}")
+
+    def _drive(self, run: Run) -> None:
+        self.run, self._epoch, self.trouble = run, run.epoch, None
+        self.visited.clear()
+        self.to_rerun.clear()
+        found = self.client.call(contract.CHECKPOINTS, contract.ByRun(run_id=run.id))
+        self.checkpoints = {checkpoint.step: checkpoint for checkpoint in found.checkpoints}
+
+    # Checkpoints ----------------------------------------------------------------------------------------------
+
+    def manifest(self, step: str) -> Manifest | None:
+        """Return the verified manifest of a step's latest checkpoint; raises BadSignature for one that was altered."""
+        checkpoint = self.checkpoints.get(step)
+        if checkpoint is None or checkpoint.status is StepStatus.REPLAY:
+            return None
+        found = self._manifests.get(checkpoint.seq)
+        if found is None:
+            found = unseal(checkpoint.manifest, self.key, of=f"step `{step}` of run {checkpoint.run_id[-8:]}")
+            self._manifests[checkpoint.seq] = found
+        return found
+
+    def note(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        """Remember a checkpoint that was committed by this kernel."""
+        self.checkpoints[checkpoint.step] = checkpoint
+        self._manifests[checkpoint.seq] = manifest
+
+    # The lease ------------------------------------------------------------------------------------------------
+
+    def _keep_lease(self) -> None:
+        client = Client(self.home, start=False)
+        while not self._stop.wait(HEARTBEAT_S):
+            run, epoch = self.run, getattr(self, "_epoch", 0)
+            if run is None or self.trouble is not None:
+                continue
+            question = contract.Heartbeat(run_id=run.id, epoch=epoch, processes=(identity("kernel"),))
+            try:
+                client.call(contract.HEARTBEAT, question)
+            except Fenced as error:
+                if self.run is run and self.epoch == epoch:
+                    self.trouble = error
+            except DurableError:
+                continue  # the coordinator is away; the next step starts it again
+
+    def close(self) -> None:
+        """Say goodbye: the run is paused until somebody opens the notebook again."""
+        self._stop.set()
+        if self.run is None or self.headless or self.trouble is not None:
+            return
+        goodbye = contract.EndLease(
+            run_id=self.run.id, epoch=self.epoch, how="leave", reason="the notebook's kernel ended"
+        )
+        with contextlib.suppress(DurableError):
+            Client(self.home, start=False, timeout_s=_GOODBYE_S).call(contract.END_LEASE, goodbye)
+
+
+_current: Session | None = None
+
+
+def current() -> Session | None:
+    """Return this kernel's session, or None where the extension is not loaded."""
+    return _current
+
+
+def set_current(session: Session | None) -> None:
+    global _current
+    _current = session
+
+
+def required() -> Session:
+    """Return this kernel's session; raises UsageError where there is none."""
+    if _current is None:
+        raise UsageError("there is no run here", todo="call it in a notebook, after `%load_ext nbdurable`")
+    return _current

@@ -1,0 +1,560 @@
+"""One cell at a time: what a step cell needs is found out, decided, carried out and committed here.
+
+Owns `Steps` (the hooks that IPython calls around a cell) and `Execution` (a step's body while it runs, up to its
+commit). The rules are in `checkpoint/plan.py`; what IPython runs is made in `rewrite.py`.
+
+    pre_run_cell → syntax tree → decide → the body | a call of `restore` → post_run_cell → commit
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nbdurable import contract
+from nbdurable.checkpoint import analysis
+from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest, put_blob, read_blob, seal
+from nbdurable.checkpoint.plan import Verdict, decide, digest
+from nbdurable.checkpoint.restore import restore
+from nbdurable.checkpoint.save import save
+from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspended
+from nbdurable.kernel import display
+from nbdurable.kernel.foresight import label_of, read_cells
+from nbdurable.kernel.outputs import Output, Recorder, recording, replay
+from nbdurable.kernel.rewrite import StepOptions, call, is_setup, parse_step_line, take_marker
+from nbdurable.kernel.session import Session
+from nbdurable.models import Checkpoint, ErrorInfo, StepStatus, Variable
+from nbdurable.policies import span
+from nbdurable.telemetry import fault_point
+
+_FRESH = "it has no checkpoint yet"
+
+
+@dataclass
+class Cell:
+    """The cell that IPython runs now."""
+
+    source: str
+    id: str | None
+    names: analysis.CellNames | None = None  # of a plain cell, whose writes are noted when it ends
+    digest: str = ""
+    execution: Execution | None = None
+    pending: DurableError | Exception | None = None  # to be raised by the rewritten cell
+    to_restore: tuple[StepOptions, Manifest, Verdict] | None = None
+    gates: dict[str, int] = field(default_factory=dict)  # of a plain cell: how often each was reached
+
+
+class Execution:
+    """A step's body while it runs: what was there before, what it displays, and its commit."""
+
+    def __init__(
+        self,
+        session: Session,
+        options: StepOptions,
+        code: CodeFacts,
+        inputs: dict[str, InputFact],
+        body: list[ast.stmt],
+        verdict: Verdict,
+        attempt: int,
+        kept: Manifest | None = None,
+    ) -> None:
+        self.session, self.options, self.code, self.inputs = session, options, code, inputs
+        self.verdict, self.attempt, self.kept = verdict, attempt, kept
+        self.body = body
+        self.recorder = Recorder()
+        self.setup: analysis.CellNames | None = None  # of a cell that runs in every attempt (`is_setup`)
+        self.suspended: Suspended | None = None
+        self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
+        self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
+        self._taps = ExitStack()
+        self._began = time.perf_counter()
+
+    @property
+    def name(self) -> str:
+        return self.options.name
+
+    def record(self) -> None:
+        """Begin to copy what is displayed."""
+        self._taps.enter_context(recording(self.session.shell, self.recorder))
+
+    def begin(self) -> None:
+        """Take note of the namespace, right before the body runs."""
+        self.before = self.session.tracker.snapshot()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop copying what is displayed."""
+        self._taps.close()
+
+    def line_of_gate(self) -> tuple[int, int] | None:
+        """Find the top-level statement, and its line, from which the caller was called.
+
+        None where the call comes from a task or thread of its own, outside the cell's own stack.
+        """
+        line: int | None = None
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_globals is self.session.values and frame.f_code.co_name.startswith(("<module>", "<cell line")):
+                line = frame.f_lineno  # the outermost one is the cell itself
+            frame = frame.f_back  # type: ignore[assignment]
+        if line is None:
+            return None
+        for index, node in enumerate(self.body):
+            if node.lineno <= line <= (node.end_lineno or node.lineno):
+                return index, line
+        return None
+
+    def gate(self, proposal: str) -> str:
+        """Return the key of the gate that was reached with this proposal.
+
+        A gate that this body had reached before it was suspended keeps its key, and so its answer. A new one gets
+        its key once what came before it is checkpointed.
+        """
+        at = self.line_of_gate()
+        statement = at[0] if at else None
+        for key in self._earlier_gates:
+            if key.startswith(f"{proposal}."):
+                self._earlier_gates.remove(key)
+                self._gates.append((statement, key))
+                return key
+        key = f"{proposal}.{digest(self.name, str(self.attempt), str(len(self._gates)))}"
+        self._gates.append((statement, key))
+        self.commit("waiting", at)
+        return key
+
+    def written(self) -> tuple[set[str], set[str], dict[str, str], bool]:
+        """Return what the step wrote and deleted so far, fingerprints, and whether random state moved."""
+        changes = self.session.tracker.changes(self.before)
+        names = set(changes.bound | changes.mutated) | set(self.options.save)
+        deleted = set(changes.deleted)
+        if self.kept is not None:
+            names |= {v.name for v in self.kept.variables if v.state != "deleted"} - deleted
+            deleted |= set(self.kept.deleted) - names
+        moved = changes.random or (self.kept is not None and self.kept.random is not None)
+        return names, deleted, dict(changes.fingerprints), moved
+
+    def commit(self, status: Literal["completed", "waiting"], at: tuple[int, int] | None = None) -> tuple[Variable, ...]:
+        """Save what the step wrote and displayed, and commit it; return its variables.
+
+        A waiting step keeps what came before the statement `at`; where a part of that can't be saved and is still
+        needed, it keeps nothing and will run from its top. Raises DurableError, and nothing is committed.
+        """
+        session = self.session
+        duration_s = time.perf_counter() - self._began
+        names, deleted, fingerprints, moved = self.written()
+        if self.setup is not None:
+            names, deleted, moved = set(), set(), False
+        left_out = names & self.options.no_save
+        saved = save(
+            session.values, names - left_out, session.blobs, fingerprints=fingerprints, random=moved
+        )
+        variables = [*saved.variables]
+        for name in sorted(left_out):
+            kind = type(session.values.get(name)).__name__
+            variables.append(Variable(name=name, type=kind, state="unsaved", reason="left out by --no-save"))
+        variables += [Variable(name=name, type="", state="deleted") for name in sorted(deleted)]
+        outputs = self.recorder.finished()
+        groups, random, resume_at = saved.groups, saved.random, None
+        committed: Literal["completed", "waiting", "replay"] = status
+        unsaved = {v.name for v in variables if v.state == "unsaved"}
+        if status == "waiting":
+            resume_at = at[0] if at else 0
+            if resume_at and unsaved & self._needed_from(resume_at):
+                resume_at = 0
+            outputs = [o for o in outputs if display.APPROVAL_MIME not in o.get("data", {})]
+            if resume_at == 0:
+                groups, random, outputs, deleted, variables = (), None, [], set(), []
+        elif self.setup is not None or (session.every_cell and unsaved):
+            committed = "replay"
+        kept_names = {v.name for v in variables if v.state == "saved"}
+        manifest = Manifest(
+            run_id=session.run_id,
+            step=self.name,
+            created_at=time.time(),
+            duration_s=duration_s + (self.kept.duration_s if self.kept else 0.0),
+            code=self.code,
+            inputs=self.inputs,
+            fingerprints={name: value for name, value in fingerprints.items() if name in kept_names},
+            variables=tuple(variables),
+            groups=groups,
+            deleted=tuple(sorted(deleted)),
+            random=random,
+            outputs=put_blob(json.dumps(outputs).encode(), session.blobs) if outputs else None,
+            resume_at=resume_at,
+            wait_keys=tuple(key for where, key in self._gates if where == resume_at or not resume_at)
+            if status == "waiting"
+            else (),
+        )
+        session.blobs.sync()
+        fault_point("checkpoint-saved")
+        signed = seal(manifest, session.key)
+        done = session.client.call(
+            contract.COMMIT_STEP,
+            contract.CommitStep(
+                run_id=session.run_id,
+                epoch=session.epoch,
+                step=self.name,
+                attempt=self.attempt,
+                status=committed,
+                manifest=signed,
+                variables=manifest.variables,
+                sentence=" · ".join(filter(None, (span(manifest.duration_s), display.summary(variables)))),
+                line=at[1] if at else None,
+            ),
+        )
+        fault_point("commit-acknowledged")
+        checkpoint = Checkpoint(
+            run_id=session.run_id,
+            step=self.name,
+            status=StepStatus(committed),
+            seq=done.seq,
+            at=manifest.created_at,
+            manifest=signed,
+        )
+        session.note(checkpoint, manifest)
+        if self.setup is not None:
+            session.origins.plain_cell(self.setup, self.code.digest, label_of(self.code.source))
+        elif status == "completed":
+            session.visited.add(self.name)
+            session.origins.step(self.name, fingerprints_of(names, fingerprints), deleted)
+        return tuple(variables)
+
+    def _needed_from(self, statement: int) -> set[str]:
+        rest = ast.Module(self.body[statement:], type_ignores=[])
+        names = analysis.analyse(rest, "")
+        return analysis.uses(names, self.session.values, self.session.project).inputs | set(names.loads)
+
+
+def fingerprints_of(names: set[str], known: dict[str, str]) -> dict[str, str]:
+    """Return the fingerprints of some names; one that has none counts as another value each time."""
+    return {name: known.get(name, "") for name in names}
+
+
+class Steps:
+    """The hooks around each cell of a kernel, and what rewritten cells call (`__nbdurable__`)."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.shell = session.shell
+        self._cells: list[Cell] = []
+
+    @property
+    def cell(self) -> Cell | None:
+        """Return the cell that runs now; cells that a cell runs are part of it."""
+        return self._cells[0] if self._cells else None
+
+    @property
+    def execution(self) -> Execution | None:
+        """Return the step's body that runs now, if one does."""
+        return self._cells[0].execution if self._cells else None
+
+    # Called by IPython ---------------------------------------------------------------------------------------
+
+    def pre_run_cell(self, info: Any) -> None:
+        cell_id = info.cell_id
+        if cell_id is None and hasattr(self.shell, "get_parent"):
+            cell_id = (self.shell.get_parent().get("metadata") or {}).get("cellId")
+        self._cells.append(Cell(info.raw_cell, cell_id))
+
+    def visit(self, tree: ast.Module) -> ast.Module:
+        """Rewrite a cell's tree, as an IPython AST transformer: it must not raise, or IPython drops it silently."""
+        cell = self.cell
+        if cell is None or len(self._cells) > 1 or cell.names is not None or cell.execution is not None:
+            return tree  # code that runs inside a cell: part of that cell
+        try:
+            return self._rewrite(cell, tree)
+        except (DurableError, Exception) as error:
+            cell.pending = error
+            return _only(call("fail"))
+
+    def post_run_cell(self, result: Any) -> None:
+        if not self._cells:
+            return  # the cell that loaded the extension
+        cell = self._cells.pop()
+        if self._cells:
+            return
+        execution = cell.execution
+        if execution is None:
+            if cell.names is not None:
+                self.session.origins.plain_cell(cell.names, cell.digest, label_of(cell.source))
+            return
+        execution.stop()
+        error = None if result is None else result.error_before_exec or result.error_in_exec
+        if result is None:
+            error = KeyboardInterrupt("interrupted")
+        if error is None and execution.suspended is not None:
+            error = execution.suspended  # a bare `except:` in the cell has swallowed it
+            self._turn_into_error(result, error)
+        if error is not None:
+            self._failed(execution, error)
+            return
+        try:
+            with uninterrupted():
+                variables = execution.commit("completed")
+        except DurableError as trouble:
+            self._turn_into_error(result, trouble)
+            self._failed(execution, trouble)
+        except Exception as bug:
+            self._turn_into_error(result, bug)
+            self._failed(execution, bug)
+        else:
+            self._say_kept(execution, variables)
+
+    # Called by rewritten cells ---------------------------------------------------------------------------------
+
+    def fail(self) -> None:
+        """Raise what went wrong while the cell was rewritten."""
+        assert self.cell is not None
+        assert self.cell.pending is not None
+        raise self.cell.pending
+
+    def restore(self) -> None:
+        """Put a step's checkpoint back: variables, random state and what it displayed."""
+        assert self.cell is not None
+        assert self.cell.to_restore is not None
+        options, manifest, verdict = self.cell.to_restore
+        self._put_back(options.name, manifest)
+        self.session.visited.add(options.name)
+        if not self.session.headless:
+            age = span(max(0.0, time.time() - manifest.created_at))
+            kept = display.summary(manifest.variables)
+            line = f"↺ {options.name}  restored, {age} old, {verdict.reason}" + (f" · {kept}" if kept else "")
+            display.say(self.shell, "\n  ".join([line, *display.notices(manifest.variables)]))
+        elif noticed := display.notices(manifest.variables):
+            display.say(self.shell, "\n".join(noticed))
+
+    def go_on(self) -> None:
+        """Put back what a waiting step had done before its gate; the statements from the gate on follow."""
+        execution = self.execution
+        assert execution is not None
+        assert execution.kept is not None
+        execution.record()
+        self._put_back(execution.name, execution.kept)
+        execution.begin()
+
+    def _put_back(self, step: str, manifest: Manifest) -> None:
+        session = self.session
+        try:
+            restore(manifest, session.values, session.blobs)
+            outputs: list[Output] = json.loads(bytes(read_blob(manifest.outputs, session.blobs))) if manifest.outputs else []
+        except DurableError as error:
+            if not error.todo:
+                error.todo = f"`%durable rerun {step}` runs the step again"
+            raise
+        names = {v.name for v in manifest.variables if v.state != "deleted"}
+        session.origins.step(step, fingerprints_of(names, manifest.fingerprints), manifest.deleted)
+        replay(self.shell, outputs)
+        fault_point("restore-done")
+
+    # Deciding ----------------------------------------------------------------------------------------------------
+
+    def _rewrite(self, cell: Cell, tree: ast.Module) -> ast.Module:
+        session = self.session
+        line = take_marker(tree)
+        if line is not None:
+            options = parse_step_line(line)
+            if not tree.body:
+                raise StepUsageError(f"step `{options.name}` has no code", todo="write it below the `%%step` line")
+        elif session.every_cell and cell.id is not None and tree.body:
+            options = StepOptions(cell.id)
+        else:
+            cell.names = analysis.analyse(tree, cell.source)
+            cell.digest = analysis.code_digest(ast.unparse(tree))
+            return tree
+        self._check_unique(options, cell)
+        configures = session.every_cell and line is None and is_setup(tree)
+        body = list(tree.body)
+        names = analysis.analyse(tree, cell.source)
+        code, used = self._facts(cell, tree, names, is_marked=line is not None)
+        session.run_id  # noqa: B018  raises what keeps steps from running; creates the run where there is none
+        known = session.manifest(options.name)
+        facts: dict[str, InputFact] = {}
+
+        def inputs() -> dict[str, InputFact]:
+            if not facts:
+                facts.update(self._inputs(used))
+            return facts
+
+        verdict = decide(
+            known,
+            code,
+            inputs,
+            step=options.name,
+            visited=options.name in session.visited,
+            on_drift=options.on_drift or session.settings.on_drift,  # type: ignore[arg-type]
+            forced=self._forced(options, configures=configures),
+        )
+        if verdict.action == "refuse":
+            raise NotRestorable(
+                f"step `{options.name}` is not restored: {verdict.reason}",
+                todo=f"`%durable rerun {options.name}` runs it with the new value",
+            )
+        begun = session.client.call(
+            contract.BEGIN_STEP,
+            contract.BeginStep(
+                run_id=session.run_id,
+                epoch=session.epoch,
+                step=options.name,
+                action="restore" if verdict.action == "restore" else "execute",
+                reason=verdict.reason,
+                cell_id=cell.id,
+            ),
+        )
+        session.to_rerun.discard(options.name)
+        if verdict.action == "restore":
+            assert known is not None
+            cell.to_restore = (options, known, verdict)
+            return _only(call("restore"))
+        if verdict.action == "continue":
+            assert known is not None
+            assert known.resume_at is not None
+            cell.execution = Execution(
+                session, options, known.code, known.inputs, body, verdict, begun.attempt, kept=known
+            )
+            return ast.Module([call("go_on"), *body[known.resume_at :]], type_ignores=tree.type_ignores)
+        cell.execution = Execution(session, options, code, dict(inputs()), body, verdict, begun.attempt)
+        if configures:
+            cell.execution.setup = names
+        cell.execution.record()
+        cell.execution.begin()
+        return tree
+
+    def _forced(self, options: StepOptions, *, configures: bool) -> str | None:
+        checkpoint = self.session.checkpoints.get(options.name)
+        if configures:
+            return "it only imports and configures: it runs in every attempt"
+        if checkpoint is not None and checkpoint.status is StepStatus.REPLAY:
+            return "what it made can't be saved: it runs in every attempt"
+        if options.force:
+            return "forced by --force"
+        if options.name in self.session.to_rerun:
+            return "asked for by %durable rerun"
+        return None
+
+    def _check_unique(self, options: StepOptions, cell: Cell) -> None:
+        if cell.id is None:
+            return
+        other = self.session.cells.setdefault(options.name, cell.id)
+        if other != cell.id:
+            if _stands_in_notebook(self.session, other, options.name):
+                raise StepUsageError(
+                    f"two cells of this notebook are named `{options.name}`",
+                    todo="a step's name is unique in its notebook: give one of them another name",
+                )
+            self.session.cells[options.name] = cell.id
+
+    def _facts(
+        self, cell: Cell, tree: ast.Module, names: analysis.CellNames, *, is_marked: bool
+    ) -> tuple[CodeFacts, analysis.Uses]:
+        used = analysis.uses(names, self.session.values, self.session.project)
+        source = cell.source.lstrip().partition("\n")[2] if is_marked else cell.source
+        code = CodeFacts(
+            source=source,
+            digest=analysis.code_digest(ast.unparse(tree)),
+            helpers=used.helpers,
+            modules=used.modules,
+            python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        )
+        return code, used
+
+    def _inputs(self, used: analysis.Uses) -> dict[str, InputFact]:
+        session = self.session
+        facts = {}
+        for name in used.inputs:
+            if name in session.values and not session.tracker.ignore(name):
+                origin = session.origins[name]
+                facts[name] = InputFact(
+                    value=session.tracker.fingerprint(name), origin=origin.digest, label=origin.label
+                )
+        return facts
+
+    # Telling -----------------------------------------------------------------------------------------------------
+
+    def _say_kept(self, execution: Execution, variables: tuple[Variable, ...]) -> None:
+        noticed = display.notices(variables)
+        if self.session.headless:
+            if noticed:
+                display.say(self.shell, "\n".join(noticed))
+            return
+        manifest = self.session.manifest(execution.name)
+        took = span(manifest.duration_s) if manifest else ""
+        why = "" if execution.verdict.reason == _FRESH else f" ({execution.verdict.reason})"
+        kept = display.summary(variables)
+        line = f"✓ {execution.name}  {took}{why}" + (f" · {kept}" if kept else "")
+        display.say(self.shell, "\n  ".join([line, *noticed]))
+
+    def _failed(self, execution: Execution, error: BaseException) -> None:
+        if isinstance(error, Suspended):
+            return
+        session = self.session
+        question = contract.FailStep(
+            run_id=session.run_id,
+            epoch=session.epoch,
+            step=execution.name,
+            attempt=execution.attempt,
+            error=describe_error(error),
+        )
+        with suppress(DurableError):  # the user's own error is what must be seen
+            session.client.call(contract.FAIL_STEP, question)
+        if not session.headless:
+            kept = [name for name, c in session.checkpoints.items() if c.status is StepStatus.COMPLETED]
+            what = f"kept: {', '.join(kept)}" if kept else "no step is kept yet"
+            if self._waits_open(execution):
+                todo = "its approval stays open: run the cell again to wait for the answer"
+            else:
+                todo = "fix the cell and run it again"
+            display.say(self.shell, f"✗ {execution.name} did not finish · {what} · {todo}")
+
+    def _waits_open(self, execution: Execution) -> bool:
+        checkpoint = self.session.checkpoints.get(execution.name)
+        return checkpoint is not None and checkpoint.status is StepStatus.WAITING
+
+    def _turn_into_error(self, result: Any, error: BaseException) -> None:
+        """Make a cell that ran through an error after all, so that the kernel's reply and papermill see it."""
+        if result is not None:
+            result.error_in_exec = error
+        self.shell.showtraceback((type(error), error, error.__traceback__))
+
+
+def describe_error(error: BaseException) -> ErrorInfo:
+    """Return an exception as text."""
+    text = "".join(traceback.format_exception(error))
+    return ErrorInfo(name=type(error).__name__, message=str(error)[:2000], traceback=text[-20_000:])
+
+
+def _only(statement: ast.stmt) -> ast.Module:
+    return ast.Module([statement], type_ignores=[])
+
+
+def _stands_in_notebook(session: Session, cell_id: str, step: str) -> bool:
+    cells = read_cells(session.notebook)
+    if not cells:
+        return True
+    return any(c.id == cell_id and c.options is not None and c.options.name == step for c in cells)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back an interrupt while a checkpoint is committed; it is raised afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+__all__ = ["Cell", "Execution", "Steps", "describe_error", "uninterrupted"]
