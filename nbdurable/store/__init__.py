@@ -1,0 +1,1 @@
+"""The store: its port, DuckDB behind it, named SQL, numbered migrations. Nothing else imports duckdb."""

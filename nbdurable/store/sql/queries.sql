@@ -1,0 +1,94 @@
+-- What the store asks of DuckDB. A line `-- name: …` gives the statement below it its name.
+
+-- name: insert_event
+INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: insert_events
+INSERT INTO events
+SELECT
+    unnest(?::BIGINT[]), unnest(?::TIMESTAMP[]), unnest(?::VARCHAR[]), unnest(?::BIGINT[]), unnest(?::VARCHAR[]),
+    unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::JSON[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[])
+
+-- name: put_runs
+INSERT OR REPLACE INTO runs
+SELECT
+    unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
+    unnest(?::VARCHAR[][]), unnest(?::VARCHAR[]), unnest(?::BIGINT[]), unnest(?::BIGINT[]),
+    unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::JSON[])
+
+-- name: put_waits
+INSERT OR REPLACE INTO waits
+SELECT
+    unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
+    unnest(?::VARCHAR[]), unnest(?::VARCHAR[][]),
+    unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::JSON[])
+
+-- name: insert_migration
+INSERT INTO migrations VALUES (?, ?, ?)
+
+-- name: is_nbdurable
+SELECT count(*) > 0 FROM duckdb_tables() WHERE table_name = 'migrations'
+
+-- name: version
+SELECT coalesce(max(version), 0) FROM migrations
+
+-- name: last_seq
+SELECT coalesce(max(seq), 0) FROM events
+
+-- name: has_seq
+SELECT count(*) > 0 FROM events WHERE seq = ?
+
+-- name: read_through
+SELECT
+    (SELECT bit_xor(hash(events)) FROM events),
+    (SELECT bit_xor(hash(runs)) FROM runs),
+    (SELECT bit_xor(hash(waits)) FROM waits)
+
+-- name: open_runs
+SELECT body FROM runs WHERE NOT list_contains($final, status) ORDER BY id
+
+-- name: open_waits
+SELECT body FROM waits WHERE status = $open ORDER BY created_at, id
+
+-- name: run
+SELECT body FROM runs WHERE id = $run_id
+
+-- name: runs_matching
+SELECT id FROM runs WHERE starts_with(id, $fragment) OR ends_with(id, $fragment) ORDER BY id DESC LIMIT 10
+
+-- name: run_with_key
+SELECT body FROM runs
+WHERE idempotency_key = $idempotency_key AND created_at >= $since AND NOT list_contains($released, status)
+ORDER BY created_at, id LIMIT 1
+
+-- name: runs
+SELECT body FROM runs
+WHERE ($status IS NULL OR status = $status)
+    AND ($notebook IS NULL OR notebook = $notebook)
+    AND ($kind IS NULL OR kind = $kind)
+    AND ($tag IS NULL OR list_contains(tags, $tag))
+    AND ($before IS NULL OR id < $before)
+ORDER BY id DESC LIMIT $limit
+
+-- name: events
+SELECT seq, epoch_us(occurred_at) / 1e6, run_id, epoch, kind, step, sentence, data FROM events
+WHERE run_id = $run_id AND seq > $after
+ORDER BY seq LIMIT $limit
+
+-- name: checkpoints
+SELECT run_id, step, status, seq, epoch_us(committed_at) / 1e6, manifest, signature FROM checkpoints
+WHERE run_id = $run_id ORDER BY seq
+
+-- name: checkpoint
+SELECT run_id, step, status, seq, epoch_us(committed_at) / 1e6, manifest, signature FROM checkpoints
+WHERE run_id = $run_id AND step = $step
+
+-- name: wait
+SELECT body FROM waits WHERE id = $wait_id
+
+-- name: waits
+SELECT body FROM waits
+WHERE ($run_id IS NULL OR run_id = $run_id)
+    AND ($status IS NULL OR status = $status)
+    AND ($kind IS NULL OR kind = $kind)
+ORDER BY created_at, id LIMIT $limit
