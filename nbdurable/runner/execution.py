@@ -1,0 +1,420 @@
+"""What the engine does: send a notebook's cells to a kernel, and keep its output notebook true and whole.
+
+Owns the cell states, the saves and the live log. The kernel decides by itself which steps it restores, and
+sends their recorded outputs; so every cell is sent, in order. Whether a step committed is asked of the
+coordinator, since neither papermill nor an execute reply knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any, Literal, TextIO
+
+from nbclient.exceptions import CellExecutionError
+from nbclient.util import run_sync
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NotebookExecutionManager
+
+from nbdurable.errors import NotebookError
+from nbdurable.models import ErrorInfo, Run, Step, StepStatus
+from nbdurable.runner.kernels import Kernel
+from nbdurable.runner.notebooks import is_executed, step_name
+
+EXTENSION = "nbdurable.kernel.extension"
+SUSPENDED = "Suspended"  # the name of the control signal `errors.Suspended`, as an execute reply carries it
+AUTOSAVE_S = 5.0
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the execution of a notebook ended while its kernel lived.
+
+    `complete`: every cell was executed, or one ended the notebook with `sys.exit()`. `stop`: asked for.
+    """
+
+    how: Literal["complete", "suspend", "fail", "stop"]
+    sentence: str
+    error: ErrorInfo | None = None
+
+
+@dataclass
+class Assignment:
+    """A run of the coordinator, as the engine needs it; `outcome` is set when the engine is through."""
+
+    run: Run
+    kernel: Kernel
+    output: Path
+    log: TextIO
+    steps: Callable[[], Sequence[Step]]
+    stop: Event = field(default_factory=Event)
+    outcome: Outcome | None = None
+
+
+def execute(
+    nb: Any,
+    kernel_name: str,
+    *,
+    output_path: str | None = None,
+    input_path: Any = None,
+    assignment: Assignment | None = None,
+    progress_bar: Any = False,
+    log_output: bool = False,
+    start_timeout: int = 60,
+    execution_timeout: int | None = None,
+    autosave_cell_every: float = AUTOSAVE_S,
+    stdout_file: Any = None,
+    stderr_file: Any = None,
+    **_: Any,
+) -> Any:
+    """Execute a notebook node for papermill, and return it.
+
+    Raises DeadKernelError when the kernel dies, NotebookError when it can't load nbdurable. The kernel of an
+    `assignment` is started here and left to its owner.
+    """
+    if assignment is None:
+        here = {"JPY_SESSION_NAME": str(Path(input_path).absolute())} if isinstance(input_path, str) else {}
+        kernel, output = Kernel(kernel_name, environment=here), output_path
+    else:
+        kernel, output = assignment.kernel, str(assignment.output)
+    record = Record(
+        nb,
+        output,
+        assignment,
+        progress_bar=progress_bar,
+        log_output=log_output,
+        autosave_every_s=autosave_cell_every,
+    )
+    record.notebook_start()
+    try:
+        _CellRunner(
+            record,
+            kernel,
+            assignment,
+            log_output=log_output,
+            stdout_file=stdout_file,
+            stderr_file=stderr_file,
+            startup_timeout=start_timeout,
+            timeout=execution_timeout,
+        ).run()
+    finally:
+        if assignment is None:
+            kernel.end()
+        record.notebook_complete()
+    return record.nb
+
+
+class Record(NotebookExecutionManager):  # type: ignore[misc]
+    """The output notebook while it is made: papermill's states without its lies, and saves that are whole.
+
+    papermill's own manager saves at each change, in place, and at the end calls cells completed which
+    never ran. Here `save` only takes note; `write` replaces the whole file every few seconds and at the end.
+    """
+
+    def __init__(
+        self,
+        nb: Any,
+        output: str | None,
+        assignment: Assignment | None,
+        *,
+        progress_bar: Any = False,
+        log_output: bool = False,
+        autosave_every_s: float = AUTOSAVE_S,
+    ) -> None:
+        super().__init__(nb, output_path=output, progress_bar=progress_bar, log_output=log_output)
+        self._assignment = assignment
+        self._every_s = autosave_every_s
+        self._changed = False
+        self._written_at = time.monotonic()
+
+    def notebook_start(self, **_: Any) -> None:
+        """Empty the notebook's outputs and states.
+
+        Nothing is written yet: the output of an earlier attempt is worth more than an empty one.
+        """
+        super().notebook_start()
+        if self._assignment is not None:
+            run = self._assignment.run
+            self.nb.metadata.papermill["input_path"] = run.notebook
+            self.nb.metadata.papermill["output_path"] = self.output_path
+            self.nb.metadata.papermill["parameters"] = run.parameters
+            self.nb.metadata["nbdurable"] = {"run": run.id}
+
+    def save(self, **_: Any) -> None:
+        """Take note that there is something to write."""
+        self._changed = True
+
+    def autosave_cell(self, **_: Any) -> None:
+        """Write what changed, if the last write was long enough ago.
+
+        Trouble with the disk is left to the last write: until then it may be over.
+        """
+        if not self._changed or time.monotonic() - self._written_at < self._every_s:
+            return
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            self.write()
+        self._written_at = time.monotonic()
+        if self._written_at - began > self._every_s / 4:
+            self._every_s *= 2  # a large notebook on a slow disk must not hold up its cells
+
+    def cell_waiting(self, cell: Any) -> None:
+        """Take note that a cell waits: neither completed nor failed."""
+        cell.metadata.papermill["status"] = self.PENDING
+        for output in cell.outputs:
+            if (
+                output.output_type == "error" and output.ename == SUSPENDED
+            ):  # a red error would be another lie
+                text = "".join(_ANSI.sub("", line) + "\n" for line in output.traceback)
+                output.clear()
+                output.update(output_type="stream", name="stdout", text=text)
+
+    def notebook_complete(self, **_: Any) -> None:
+        """Put the true states in, and write the notebook.
+
+        Raises NotebookError if it can't be written.
+        """
+        self.end_time = self.now()
+        self.nb.metadata.papermill["end_time"] = self.end_time.isoformat()
+        self.nb.metadata.papermill["duration"] = (self.end_time - self.start_time).total_seconds()
+        for cell in self.nb.cells:
+            if cell.metadata.papermill["status"] == self.RUNNING:  # it, or its kernel, was ended
+                self.cell_exception(cell)
+        if self._assignment is not None:
+            self._mark_steps(self._assignment.steps(), self._assignment.run.epoch)
+        if self.pbar is not None:
+            self.pbar.n = sum(cell.metadata.papermill["status"] == self.COMPLETED for cell in self.nb.cells)
+            self.pbar.refresh()
+        self.cleanup_pbar()
+        try:
+            self.write()
+        except OSError as error:
+            raise NotebookError(
+                f"the output notebook {self.output_path} can't be written: {error.strerror or error}",
+                todo="make room or mend the path; the steps are kept, `nbdurable resume RUN` writes it again",
+            ) from None
+
+    def _mark_steps(self, steps: Sequence[Step], epoch: int) -> None:
+        by_name = {step.name: step for step in steps}
+        by_cell = {step.cell_id: step for step in steps}
+        for cell in self.nb.cells:
+            if not is_executed(cell):
+                continue
+            name = step_name(cell.source)
+            step = by_name.get(name) if name else by_cell.get(cell.id)
+            if name is None and step is None:
+                continue
+            reached = cell.metadata.papermill["start_time"] is not None
+            status = step_state(step, epoch) if step is not None and reached else "pending"
+            cell.metadata["nbdurable"] = {"step": step.name if step is not None else name, "status": status}
+
+    def write(self) -> None:
+        """Replace the output notebook as a whole, durably."""
+        self._changed = False
+        self._written_at = time.monotonic()
+        if self.output_path is None:
+            return
+        if "://" in self.output_path:  # papermill's S3, GCS, …: whole by themselves
+            super().save()
+        else:
+            write_notebook(self.nb, Path(self.output_path))
+
+
+def step_state(step: Step, epoch: int) -> str:
+    """Return what became of a step that the execution of `epoch` reached, as the output notebook shows it."""
+    if step.status in (StepStatus.COMPLETED, StepStatus.REPLAY):
+        return "executed" if any(attempt.epoch == epoch for attempt in step.attempts) else "restored"
+    return "waiting" if step.status is StepStatus.WAITING else "failed"
+
+
+def write_notebook(nb: Any, path: Path) -> None:
+    """Write a notebook so that a reader, and a crash, find the old one or the new one whole."""
+    from nbformat import v4
+
+    path = path.resolve()
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(v4.writes(nb))
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
+    """Sends cells to the kernel and takes their outputs in."""
+
+    def __init__(self, record: Record, kernel: Kernel, assignment: Assignment | None, **options: Any) -> None:
+        super().__init__(
+            record,
+            km=kernel.manager,
+            record_timing=False,  # papermill's metadata has the times
+            shell_timeout_interval=1,
+            iopub_timeout=60,  # a large output may take its time
+            on_cell_execute=self._name_cell,
+            on_cell_executed=self._take_reply,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        self._kernel = kernel
+        self._assignment = assignment
+        self._reply: dict[str, Any] = {}
+        self._line_open = False  # the log's last line has no end yet
+
+    def run(self) -> None:
+        """Start the kernel and execute the notebook."""
+        self.reset_execution_trackers()
+        self.start_new_kernel(**self._kernel.options())
+        self._kernel.started()
+        self.start_new_kernel_client()
+        client = self.kc
+        try:
+            info = self.wait_for_reply(client.kernel_info())
+            self.nb.metadata["language_info"] = info["content"]["language_info"]
+            if self._assignment is not None:
+                self._load_extension()
+            outcome = self._execute_cells()
+            if self._assignment is not None:
+                self._assignment.outcome = outcome
+            self.set_widgets_metadata()
+        finally:
+            client.stop_channels()
+
+    def _load_extension(self) -> None:
+        self.kc.cell_id = None
+        reply = self.wait_for_reply(
+            self.kc.execute(f"%load_ext {EXTENSION}", silent=True, store_history=False)
+        )
+        content = reply["content"]
+        if content["status"] != "ok":
+            raise NotebookError(
+                f"the kernel {self.kernel_name or self.km.kernel_name!r} can't load nbdurable: "
+                f"{content.get('ename')}: {_ANSI.sub('', str(content.get('evalue')))}",
+                todo="install nbdurable in the kernel's environment, or choose another kernel (--kernel)",
+            )
+
+    def _execute_cells(self) -> Outcome:
+        for index, cell in enumerate(self.nb.cells):
+            if self._assignment is not None and self._assignment.stop.is_set():
+                return Outcome("stop", "it was asked to stop")
+            self._reply = {}
+            self.nb_man.cell_start(cell, index)
+            began = time.monotonic()
+            self._log_line(cell, "▶")
+            try:
+                self.execute_cell(cell, index)
+            except CellExecutionError:
+                pass  # the reply tells more
+            except BaseException:
+                self.nb_man.cell_exception(cell, cell_index=index)
+                self.nb_man.cell_complete(cell, cell_index=index)
+                self._log_line(cell, "✗", "the kernel is gone")
+                raise
+            took = f"{time.monotonic() - began:.1f} s"
+            name = self._reply.get("ename")
+            if name == SUSPENDED:
+                self.nb_man.cell_waiting(cell)
+                self._log_line(cell, "⏸", took)
+                return Outcome("suspend", str(self._reply.get("evalue") or "the run waits"))
+            if name is not None and "raises-exception" not in cell.metadata.get("tags", []):
+                return self._ended_by(name, cell, index, took)
+            self.nb_man.cell_complete(cell, cell_index=index)
+            self._log_line(cell, "✓", took)
+        return Outcome("complete", "every cell was executed")
+
+    def _ended_by(self, name: str, cell: Any, index: int, took: str) -> Outcome:
+        """Return the outcome of a cell that raised."""
+        message = _ANSI.sub("", str(self._reply.get("evalue", "")))
+        if name == "SystemExit" and message in (
+            "",
+            "0",
+            "None",
+        ):  # papermill, too, takes it for a regular end
+            self.nb_man.cell_complete(cell, cell_index=index)
+            self._log_line(cell, "✓", f"{took}, sys.exit() ended the notebook")
+            return Outcome("complete", f"sys.exit() ended it in {_title(cell)}")
+        self.nb_man.cell_exception(cell, cell_index=index)
+        self.nb_man.cell_complete(cell, cell_index=index)
+        self._log_line(cell, "✗", took)
+        trace = _ANSI.sub("", "\n".join(self._reply.get("traceback", [])))
+        error = ErrorInfo(name=name, message=message, traceback=trace)
+        return Outcome("fail", f"{_title(cell)} raised {name}: {message}", error)
+
+    # Hooks of nbclient ------------------------------------------------------------------------------------
+
+    def _name_cell(self, cell: Any, cell_index: int) -> None:
+        self.kc.cell_id = cell.get("id")
+
+    def _take_reply(self, cell: Any, cell_index: int, execute_reply: dict[str, Any]) -> None:
+        if execute_reply["content"]["status"] == "error":
+            self._reply = execute_reply["content"]
+
+    async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
+        """Execute a cell; meanwhile write its outputs every few seconds, also when it has fallen silent."""
+        saving = asyncio.ensure_future(self._keep_saving())
+        try:
+            return await super().async_execute_cell(cell, cell_index, **options)
+        finally:
+            saving.cancel()
+
+    execute_cell = run_sync(async_execute_cell)
+
+    async def _keep_saving(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self.nb_man.autosave_cell()
+
+    def process_message(self, *arguments: Any, **options: Any) -> Any:
+        """Take a message of the kernel in, and copy what it shows to the log."""
+        output = super().process_message(*arguments, **options)
+        if output is not None:
+            self.nb_man.save()
+            self._log_output(output)
+        return output
+
+    # The live log -----------------------------------------------------------------------------------------
+
+    def _log(self, text: str) -> None:
+        if self._assignment is not None and text:
+            with contextlib.suppress(OSError, ValueError):  # a full disk must not end the run
+                self._assignment.log.write(text)
+                self._assignment.log.flush()
+            self._line_open = not text.endswith("\n")
+
+    def _log_line(self, cell: Any, sign: str, rest: str = "") -> None:
+        if is_executed(cell):
+            start = "\n" if self._line_open else ""
+            self._log(
+                f"{start}{time.strftime('%H:%M:%S')} {sign} {_title(cell)}{'  ' + rest if rest else ''}\n"
+            )
+
+    def _log_output(self, output: Any) -> None:
+        if output.output_type == "stream":
+            self._log("".join(output.text))
+        elif output.output_type == "error":
+            self._log(_ANSI.sub("", "\n".join(output.traceback)) + "\n")
+        elif "text/plain" in output.get("data", {}):
+            self._log("".join(output.data["text/plain"]) + "\n")
+
+
+def _title(cell: Any) -> str:
+    """Return what a person knows a cell by: its step, else its id."""
+    name = step_name(cell.source)
+    return f"step {name!r}" if name else f"cell {cell.get('id')}"
