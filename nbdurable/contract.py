@@ -1,8 +1,8 @@
 """The API as data: every endpoint with the shapes of its question and its answer.
 
 The coordinator serves this list, `client.py` calls it; neither writes a path or a field name of its own.
-A question travels as JSON body (POST) or as query parameters (GET); `{name}` in a path comes from the question's
-field of that name. Errors travel as `errors.DurableError.to_wire`. Every request carries the token
+A question travels as JSON body (POST) or as query parameters (GET); `{name}` in a path comes from the
+question's field of that name. Errors travel as `errors.DurableError.to_wire`. Every request carries the token
 (`Authorization: Bearer …`) and the version (`X-NBDurable-Version`).
 """
 
@@ -145,11 +145,16 @@ class LeaseRun(Shape):
 
 
 class LeaseWork(Shape):
-    """Ask for queued headless runs, as a worker; held until there is one or `hold_s` is over."""
+    """Ask for queued headless runs, as a worker; held until there is one or `hold_s` is over.
+
+    `holding`: the runs that the worker executes now. A run leased to it that is not among them (the answer was
+    lost) is given to it again.
+    """
 
     driver: Driver
     slots: int
     hold_s: float = 0.0
+    holding: tuple[str, ...] | None = None
 
 
 class Work(Shape):
@@ -176,8 +181,8 @@ class Orders(Shape):
 class EndLease(Shape):
     """Say how driving ended: the driver's one word about the run's next status.
 
-    `suspend` with no open wait queues the run at once. `lose` may be said by the worker whose executor or kernel
-    died. `leave` is the interactive kernel's goodbye.
+    `suspend` with no open wait queues the run at once. `lose` may be said by the worker whose executor or
+    kernel died. `leave` is the interactive kernel's goodbye.
     """
 
     run_id: str
@@ -215,7 +220,7 @@ class Begun(Shape):
 class CommitStep(Shape):
     """Commit a checkpoint: answered when it is on disk.
 
-    `status`: completed; waiting (a gate inside the cell: what came before it is kept); replay (`--steps all`).
+    `status`: completed; waiting (a gate in the cell: what came before it is kept); replay (`--steps all`).
     Sent again with the same `attempt` after a lost answer, it gets the first answer.
     """
 
@@ -294,7 +299,7 @@ class Waits(Shape):
 
 
 class AnswerWait(Shape):
-    """Answer an approval, once. AlreadyAnswered says by whom; the same `nonce` again gets the first answer."""
+    """Answer an approval, once. AlreadyAnswered says by whom; the same `nonce` gets the first answer."""
 
     wait_id: str
     approved: bool
@@ -324,10 +329,14 @@ SHUTDOWN = Endpoint("POST", "/v1/shutdown", Nothing, Nothing, "End the coordinat
 CREATE_RUN = Endpoint("POST", "/v1/runs", CreateRun, Run, "Create a run.")
 LIST_RUNS = Endpoint("GET", "/v1/runs", ListRuns, Runs, "List runs, newest first.")
 GET_RUN = Endpoint("GET", "/v1/runs/{run_id}", ByRun, RunDetail, "Show a run with its steps and waits.")
-READ_EVENTS = Endpoint("GET", "/v1/runs/{run_id}/events", ReadEvents, Events, "Read a run's history, or follow it.")
+READ_EVENTS = Endpoint(
+    "GET", "/v1/runs/{run_id}/events", ReadEvents, Events, "Read a run's history, or follow it."
+)
 READ_LOG = Endpoint("GET", "/v1/runs/{run_id}/log", ReadLog, Log, "Read what a headless run printed.")
 CANCEL_RUN = Endpoint("POST", "/v1/runs/{run_id}/cancel", ByRun, Run, "Cancel a run.")
-RESUME_RUN = Endpoint("POST", "/v1/runs/{run_id}/resume", ByRun, Run, "Queue a paused, failed or cancelled run.")
+RESUME_RUN = Endpoint(
+    "POST", "/v1/runs/{run_id}/resume", ByRun, Run, "Queue a paused, failed or cancelled run."
+)
 CLOSE_RUN = Endpoint("POST", "/v1/runs/{run_id}/close", CloseRun, Run, "End an interactive run.")
 LEASE_RUN = Endpoint("POST", "/v1/runs/{run_id}/lease", LeaseRun, Run, "Begin to drive a run interactively.")
 LEASE_WORK = Endpoint("POST", "/v1/work", LeaseWork, Work, "Lease queued runs.")
@@ -337,7 +346,9 @@ SET_RESULT = Endpoint("POST", "/v1/runs/{run_id}/result", SetResult, Nothing, "R
 BEGIN_STEP = Endpoint("POST", "/v1/runs/{run_id}/begin", BeginStep, Begun, "Record a decision about a step.")
 COMMIT_STEP = Endpoint("POST", "/v1/runs/{run_id}/commit", CommitStep, Committed, "Commit a checkpoint.")
 FAIL_STEP = Endpoint("POST", "/v1/runs/{run_id}/fail", FailStep, Nothing, "Record that an attempt failed.")
-CHECKPOINTS = Endpoint("GET", "/v1/runs/{run_id}/checkpoints", ByRun, Checkpoints, "Read a run's checkpoints.")
+CHECKPOINTS = Endpoint(
+    "GET", "/v1/runs/{run_id}/checkpoints", ByRun, Checkpoints, "Read a run's checkpoints."
+)
 GET_STEP = Endpoint("GET", "/v1/runs/{run_id}/step", ReadStep, StepDetail, "Show a step with its manifest.")
 OPEN_WAIT = Endpoint("POST", "/v1/runs/{run_id}/waits", OpenWait, Wait, "Open a wait.")
 LIST_WAITS = Endpoint("GET", "/v1/waits", ListWaits, Waits, "List waits, oldest first.")
@@ -345,4 +356,6 @@ GET_WAIT = Endpoint("GET", "/v1/waits/{wait_id}", ReadWait, Wait, "Show a wait, 
 ANSWER_WAIT = Endpoint("POST", "/v1/waits/{wait_id}/answer", AnswerWait, Wait, "Approve or reject.")
 SQL = Endpoint("POST", "/v1/sql", Query, Table, "Query the store, read only.")
 
-ENDPOINTS: tuple[Endpoint[Any, Any], ...] = tuple(value for value in list(globals().values()) if isinstance(value, Endpoint))
+ENDPOINTS: tuple[Endpoint[Any, Any], ...] = tuple(
+    value for value in list(globals().values()) if isinstance(value, Endpoint)
+)

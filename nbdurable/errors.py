@@ -168,6 +168,8 @@ class CoordinatorUnreachable(CoordinatorError):
 class WrongVersion(CoordinatorError):
     """The coordinator is of another version"""
 
+    http_status = 426
+
 
 class Unauthorized(CoordinatorError):
     """The coordinator does not accept this token"""
