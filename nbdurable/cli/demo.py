@@ -21,7 +21,7 @@ from nbdurable import processes
 from nbdurable.cli.follow import Story, conclude, needs_person, progress_bar, states
 from nbdurable.cli.project import approval_page, choose_home, hint
 from nbdurable.cli.screen import Screen, plain
-from nbdurable.cli.service import stop
+from nbdurable.cli.service import end
 from nbdurable.client import Client
 from nbdurable.contract import ANSWER_WAIT, AnswerWait
 from nbdurable.errors import CoordinatorError, UsageError
@@ -104,7 +104,7 @@ def run_demo(folder: Path, screen: Screen, *, yes: bool, question: str | None) -
     finally:
         client.close()
         with contextlib.suppress(CoordinatorError):
-            stop(home)
+            end(home)
 
 
 def _notebook() -> bytes:
@@ -166,8 +166,8 @@ def _play(
 def _watch(client: Client, run_id: str, evidence: Evidence, story: Story, screen: Screen) -> RunDetail:
     """Follow the run and kill in the middle of it, until it has ended or waits for a person."""
     with progress_bar(screen) as update:
-        for run in states(client, run_id):
-            for line in story.lines(run):
+        for run, events in states(client, run_id):
+            for line in story.lines(run, events):
                 screen.say(*line)
             update(run)
             evidence.look(run)

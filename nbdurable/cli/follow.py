@@ -6,14 +6,15 @@ watches a run until it has ended or waits for a person. Knows nothing of how the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdurable.cli.screen import Line, Screen, clip, clock, plain, variable
 from nbdurable.contract import GET_RUN, HOLD_S, READ_EVENTS, ByRun, ReadEvents
-from nbdurable.models import Run, RunDetail, RunStatus, Step, StepStatus, Wait, WaitKind, WaitStatus
+from nbdurable.coordinator.fold import Kind
+from nbdurable.models import Event, Run, RunDetail, RunStatus, Step, StepStatus, Wait, WaitKind, WaitStatus
 from nbdurable.policies import span
 
 if TYPE_CHECKING:
@@ -85,16 +86,14 @@ class Story:
         self._command = command
         self._steps: dict[str, tuple[StepStatus, int, int, int]] = {}
         self._waits: set[str] = set()
-        self._recoveries: int | None = None
+        self._seq = 0
 
-    def lines(self, run: RunDetail) -> Iterator[Line]:
-        """Yield what has happened since the last call."""
-        if self._recoveries is not None and run.recoveries > self._recoveries:
-            yield (
-                ("↻", "yellow"),
-                f" the run lost its worker or kernel and goes on (recovery {run.recoveries})",
-            )
-        self._recoveries = run.recoveries
+    def lines(self, run: RunDetail, events: Sequence[Event] = ()) -> Iterator[Line]:
+        """Yield what is new in a run's state and in its history."""
+        for event in events:
+            if event.seq > self._seq and event.kind == Kind.RUN_LOST:
+                yield (" ", ("↻", "yellow"), f" {event.sentence}")
+        self._seq = max([self._seq, *(event.seq for event in events)])
         for step in run.steps:
             state = (step.status, step.executions, step.restores, len(step.attempts))
             before = self._steps.get(step.name)
@@ -136,19 +135,16 @@ def needs_person(run: RunDetail) -> bool:
     )
 
 
-def states(client: Client, run_id: str) -> Iterator[RunDetail]:
-    """Yield a run now and whenever its history grows, until it has ended or waits for a person."""
+def states(client: Client, run_id: str) -> Iterator[tuple[RunDetail, tuple[Event, ...]]]:
+    """Yield a run with its new events whenever there are some, until it has ended or waits for a person."""
     after = 0
     while True:
-        answer = client.call(
-            READ_EVENTS, ReadEvents(run_id=run_id, after=after, hold_s=HOLD_S if after else 0.0)
-        )
-        grown = bool(answer.events) or not after
-        after = answer.events[-1].seq if answer.events else after
-        if not grown:
+        events = client.call(READ_EVENTS, ReadEvents(run_id=run_id, after=after, hold_s=HOLD_S)).events
+        if not events:
             continue
+        after = events[-1].seq
         run = client.call(GET_RUN, ByRun(run_id=run_id))
-        yield run
+        yield run, events
         if run.status.is_final or run.status is RunStatus.PAUSED or needs_person(run):
             return
 
@@ -156,8 +152,8 @@ def states(client: Client, run_id: str) -> Iterator[RunDetail]:
 def follow(client: Client, run_id: str, screen: Screen, story: Story) -> RunDetail:
     """Print what a run does until it has ended or waits for a person; return its state then."""
     with progress_bar(screen) as update:
-        for run in states(client, run_id):
-            for line in story.lines(run):
+        for run, events in states(client, run_id):
+            for line in story.lines(run, events):
                 screen.say(*line)
             update(run)
     return run

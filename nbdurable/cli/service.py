@@ -7,21 +7,26 @@ they are, and imports none of them.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 from nbdurable import processes
 from nbdurable.cli.project import pages
 from nbdurable.cli.screen import Screen
 from nbdurable.client import START_S, Client
-from nbdurable.contract import HEALTH, SHUTDOWN, Health, Nothing
+from nbdurable.contract import HEALTH, LIST_RUNS, SHUTDOWN, Health, ListRuns, Nothing
 from nbdurable.errors import Conflict, CoordinatorError, CoordinatorUnreachable
+from nbdurable.models import DriverKind, ProcessIdentity, RunStatus
+from nbdurable.security import load_token
 from nbdurable.settings import Home, Settings
 
+_RELEASE_S = 15.0  # a worker that was asked to end interrupts its kernels first
 _LOOK_S = 0.25  # between two looks at the processes
 
 
@@ -55,13 +60,55 @@ def stop(home: Home) -> Health | None:
     return found
 
 
+def end(home: Home) -> Health | None:
+    """End the coordinator and the workers of this host; return what the coordinator said of itself.
+
+    Workers come first: they give their runs back, and would start the coordinator again.
+    """
+    found = health(home)
+    if found is None:
+        return None
+    with processes.lock(home.start_lock, timeout_s=START_S):
+        with contextlib.suppress(CoordinatorUnreachable):
+            for worker in _busy_workers(home):
+                _ask_to_end(worker)
+        stop(home)
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # the coordinator notes the worker that it started last
+            note = (home.root / "worker.json").read_text(encoding="utf-8")
+            processes.end_tree(ProcessIdentity.model_validate_json(note))
+    return found
+
+
+def _busy_workers(home: Home) -> list[ProcessIdentity]:
+    wanted = ListRuns(status=RunStatus.RUNNING, kind=DriverKind.HEADLESS, limit=1000)
+    with Client(home, start=False, timeout_s=2.0) as client:
+        runs = client.call(LIST_RUNS, wanted).runs
+    return [run.driver.process for run in runs if run.driver is not None]
+
+
+def _ask_to_end(worker: ProcessIdentity) -> None:
+    """Ask a worker of this host to give its runs back and end; kill it if it does not."""
+    if not processes.is_local(worker) or not processes.is_alive(worker):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _RELEASE_S
+    while processes.is_alive(worker):
+        if time.monotonic() > deadline:
+            processes.end_tree(worker)
+            return
+        time.sleep(0.02)
+
+
 def run_down(home: Home, screen: Screen) -> None:
-    """End the pages and the coordinator, and say what was left open."""
+    """End the pages, the workers and the coordinator, and say what was left open."""
     page = _pages_process(home)
     if page is not None:
         processes.end_tree(page)
         home.dashboard.unlink(missing_ok=True)
-    found = stop(home)
+    found = end(home)
     if screen.json_mode:
         screen.data({"stopped": found is not None, "open_runs": found.open_runs if found else None})
     if found is None:
@@ -79,10 +126,8 @@ def _left(open_runs: int) -> str:
     )
 
 
-def _pages_process(home: Home) -> Any:
-    """Return the identity of the process that serves the pages, None where they are not up."""
-    import json
-
+def _pages_process(home: Home) -> ProcessIdentity | None:
+    """Return the process that serves the pages, None where they are not up."""
     if pages(home) is None:
         return None
     with contextlib.suppress(ProcessLookupError):
@@ -100,11 +145,11 @@ def run_up(home: Home, port: int | None, screen: Screen) -> None:
     try:
         with (
             _coordinator(home, screen) as coordinator,
-            _dashboard(home, port or settings.dashboard_port) as dashboard,
+            _dashboard(home, settings.dashboard_port if port is None else port) as dashboard,
         ):
-            address = pages(home)
+            address = f"{pages(home)}/ui?token={load_token(home)}"
             screen.say(("✓", "green"), f" coordinator {coordinator.pid} of {home.root}")
-            screen.say(("✓", "green"), " pages  ", (f"{address}", "bold"))
+            screen.say(("✓", "green"), " pages  ", (address, "bold"))
             screen.say("Ctrl-C ends both; runs stay, and go on later.")
             if screen.json_mode:
                 screen.data({"url": address, "pid": coordinator.pid, "home": str(home.root)})
@@ -136,7 +181,7 @@ def _coordinator(home: Home, screen: Screen) -> Iterator[subprocess.Popen[bytes]
         yield child
     finally:
         with contextlib.suppress(CoordinatorError):
-            stop(home)
+            end(home)
         if child.poll() is None:
             child.terminate()
             child.wait(START_S)
@@ -179,7 +224,7 @@ def _watch(home: Home, coordinator: subprocess.Popen[bytes], dashboard: subproce
         time.sleep(_LOOK_S)
 
 
-def _ends(log: Any) -> str:
+def _ends(log: Path) -> str:
     lines = "".join(f"\n    {line}" for line in processes.tail(log))
     return f"the log {log} ends:{lines}" if lines else f"its log is {log}"
 

@@ -8,10 +8,12 @@ import pytest
 
 from nbdurable.cli.follow import EXIT_STATUS, Story, needs_person
 from nbdurable.cli.screen import Line, plain
+from nbdurable.coordinator.fold import Kind
 from nbdurable.models import (
     Attempt,
     DriverKind,
     ErrorInfo,
+    Event,
     RunDetail,
     RunStatus,
     Step,
@@ -60,8 +62,8 @@ def a_story(page: str | None = None) -> Story:
     return Story(lambda wait: page, lambda command: f"nbdurable {command}")
 
 
-def told(story: Story, run: RunDetail) -> list[str]:
-    return [_text(line) for line in story.lines(run)]
+def told(story: Story, run: RunDetail, *events: Event) -> list[str]:
+    return [_text(line) for line in story.lines(run, events)]
 
 
 def _text(line: Line) -> str:
@@ -136,12 +138,11 @@ def test_a_failed_step_says_what_failed() -> None:
 
 
 def test_a_recovery_is_told() -> None:
-    """Guarantee 6 is no secret: the loss of a driver is told when it happens, not when a follow begins."""
+    """Guarantee 6 is no secret: the loss of a driver is told, once, in the coordinator's words."""
     story = a_story()
-    assert told(story, a_run(recoveries=1)) == []
-    assert told(story, a_run(recoveries=2)) == [
-        "↻ the run lost its worker or kernel and goes on (recovery 2)"
-    ]
+    lost = Event(seq=7, at=0, run_id="0199f3c2" * 4, epoch=1, kind=Kind.RUN_LOST, sentence="worker 4711 died")
+    assert told(story, a_run(), lost) == ["↻ worker 4711 died"]
+    assert told(story, a_run(), lost) == []
 
 
 def test_an_approval_names_the_command_and_the_page_that_answer() -> None:
