@@ -1,0 +1,755 @@
+"""Fingerprints: what a value is, as a digest that every process agrees on.
+
+Owns the walk over a value's objects. Equal values of equal types have equal fingerprints, whatever the
+process, the hash seed or the line on which their code stands; a change of value, type or sharing changes
+it. The walk sees what pickle sees and changes nothing. It is iterative: nesting is bounded by `MAX_DEPTH`,
+not by Python's stack.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from marshal import dumps
+from typing import Any
+
+from blake3 import blake3
+
+from nbdurable.checkpoint.objects import (
+    DICT_VIEWS,
+    IMMUTABLE_TYPES,
+    LruCacheWrapper,
+    Namespace,
+    Problem,
+    Unfingerprintable,
+    describe_problem,
+    importable,
+    live_name,
+    reduce_value,
+    underlying,
+)
+
+__all__ = ["Unfingerprintable", "Walk", "fingerprint", "immutable", "partial_fingerprint"]
+
+ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None)})
+MAX_DEPTH = 10_000  # pickle gives up long before
+MAX_OBJECTS = 100_000_000
+MAX_OPAQUE = 16  # parts of one value that may be unfingerprintable before the whole value is
+_MARSHAL = 2  # the last version without references to earlier objects: bytes depend on content alone
+_FLUSH_BYTES = 1 << 16
+_PARALLEL_FROM_BYTES = 4 << 20
+# What Python, `typing`, `abc`, `enum` and pydantic derive from a class's body, or cache in it
+_DERIVED = frozenset(
+    """
+    __dict__ __weakref__ __module__ __slotnames__ __firstlineno__ __static_attributes__
+    __abstractmethods__ _abc_impl __annotate__ __annotate_func__ __annotations_cache__ __signature__
+    __parameters__ __subclasshook__ __class_vars__ __private_attributes__ __pydantic_fields__
+    _member_names_ _member_map_ _value2member_map_ _unhashable_values_ _unhashable_values_map_
+    _hashable_values_ _use_args_ _new_member_ _value_repr_ __new_member__ __doc__
+    """.split()  # noqa: SIM905 -- a list of 30 lines says no more
+)
+
+
+Part = tuple[str | int | tuple[Any], Any]  # how to get there (".name", index, (key,)), and the object there
+Parts = Iterator[Part]
+
+
+class Walk:
+    """One walk over a value, which hashes what it sees, or only notes which objects it reaches.
+
+    After `run`, `seen` holds the objects reached that can be shared, by id; `memory` the ids of the owners
+    of array memory; `live` the names by which the value refers to functions and classes of the notebook.
+    `own`: the name of the notebook function or class that is itself the value. `opaque`: ids of objects
+    that count by type alone. `problems`: where given, parts that can't be looked into are noted there and
+    passed over.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace | None,
+        *,
+        hashing: bool = True,
+        own: str = "",
+        opaque: frozenset[int] = frozenset(),
+        problems: list[Problem] | None = None,
+        outer: Walk | None = None,
+    ) -> None:
+        self.namespace = namespace
+        self.hashing = hashing
+        self.own = own
+        self.opaque = opaque
+        self.problems = problems
+        self.outer = outer
+        self.seen: dict[int, Any] = {}  # keeps the objects alive too, so that no id is used twice
+        self.memory: set[int] = set()
+        self.live: set[str] = set()
+        self._position: dict[int, int] = {}
+        self._next: int = 0 if outer is None else outer._next
+        self._objects = 0
+        self._hasher = blake3()
+        self._pending = bytearray()
+
+    # The driver --------------------------------------------------------------------------------------------
+
+    def run(self, value: Any) -> str:
+        """Walk over a value, return its digest; raises Unfingerprintable."""
+        bodies: list[Parts] = [iter([("", value)])]
+        trail: list[Part] = []
+        while bodies:
+            try:
+                part = next(bodies[-1], None)
+                if part is None:
+                    bodies.pop()
+                    if trail:
+                        trail.pop()
+                    continue
+                trail.append(part)
+                body = self._visit(part[1])
+                if body is None:
+                    trail.pop()
+                else:
+                    bodies.append(body)
+                    self._check_bounds(len(bodies))
+            except Unfingerprintable as error:  # of a member of a set, which was walked apart
+                if error.problem is None:
+                    raise
+                prefix = "".join(_label(how) for how, _ in trail)
+                self._note(replace(error.problem, path=prefix + error.problem.path))
+                self._leave(bodies, trail)
+            except Exception as error:
+                problem = describe_problem(
+                    [(_label(how), item) for how, item in trail] or [("", value)], error
+                )
+                self._note(problem)
+                self._leave(bodies, trail)
+        self._flush()
+        return self._hasher.hexdigest(16)
+
+    def _leave(self, bodies: list[Parts], trail: list[Part]) -> None:
+        """Give up the object at the end of the trail."""
+        if trail:
+            if len(bodies) == len(trail) + 1:  # it failed while its parts were listed
+                bodies.pop()
+            trail.pop()
+
+    def _note(self, problem: Problem) -> None:
+        if self.problems is None:
+            raise Unfingerprintable(problem.path, problem.sentence(""), problem)
+        self.problems.append(problem)
+
+    def _check_bounds(self, depth: int) -> None:
+        self._objects += 1
+        if depth > MAX_DEPTH or self._objects > MAX_OBJECTS:
+            raise RecursionError("nested too deep")
+
+    def _emit(self, tag: bytes, data: Any = b"") -> None:
+        if not self.hashing:
+            return
+        size = len(data)
+        self._pending += tag
+        self._pending += size.to_bytes(8, "little")
+        if size < _FLUSH_BYTES:
+            self._pending += data
+            if len(self._pending) >= _FLUSH_BYTES:
+                self._flush()
+        else:
+            self._flush()
+            self._bulk(data)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._hasher.update(bytes(self._pending))
+            self._pending.clear()
+
+    def _bulk(self, data: Any) -> None:
+        """Hash many bytes at once, on all processors where it is worth it."""
+        if len(data) >= _PARALLEL_FROM_BYTES:
+            wide = blake3(max_threads=blake3.AUTO)
+            wide.update(data)
+            data = wide.digest()
+        self._hasher.update(data)
+
+    def _find(self, ident: int) -> int | None:
+        walk: Walk | None = self
+        while walk is not None:
+            if (position := walk._position.get(ident)) is not None:
+                return position
+            walk = walk.outer
+        return None
+
+    def _register(self, value: Any) -> None:
+        self.seen[id(value)] = value
+        self._position[id(value)] = self._next
+        self._next += 1
+
+    # What to do with an object -----------------------------------------------------------------------------
+
+    def _visit(self, value: Any) -> Parts | None:
+        """Hash an object, or return the parts that remain to be walked."""
+        kind = type(value)
+        if kind in ATOMS:
+            self._emit(b"a", dumps(value, _MARSHAL))
+            return None
+        if kind is tuple or kind is frozenset:
+            if (frozen := _frozen(value)) is not None:
+                self._emit(b"f", frozen)
+                return None
+        elif kind is types.ModuleType or isinstance(value, types.ModuleType):
+            self._emit(b"m", value.__name__.encode())
+            return None
+        elif (name := self._name(value, kind)) is not None:
+            self._emit(b"g", name.encode())
+            return None
+        if id(value) in self.opaque:
+            self.seen[id(value)] = value
+            self._emit(b"o", f"{kind.__module__}.{kind.__qualname__}".encode())
+            return None
+        if isinstance(value, IMMUTABLE_TYPES) or _is_immutable_scalar(value):
+            return self._scalar(value)
+        if (position := self._find(id(value))) is not None:
+            self._emit(b"@", position.to_bytes(8, "little"))
+            return None
+        self._register(value)
+        handler = _HANDLERS.get(kind)
+        if handler is not None:
+            return handler(self, value)  # type: ignore[no-any-return]
+        if isinstance(value, type):
+            return self._class(value)
+        if (package := kind.__module__.partition(".")[0]) in _PACKAGES and package in sys.modules:
+            parts = _PACKAGES[package](self, value, sys.modules[package])
+            if parts is not NotImplemented:
+                return parts  # type: ignore[no-any-return]
+        return self._reduced(value)
+
+    def _name(self, value: Any, kind: type) -> str | None:
+        """Return the name that stands for a function or class, noting those of the notebook."""
+        if kind is not types.FunctionType and kind is not LruCacheWrapper and not isinstance(value, type):
+            return None
+        if (name := importable(value)) is not None:
+            return name
+        name = live_name(value, self.namespace)
+        if name is None or name.partition(".")[0] == self.own:
+            return None
+        self.live.add(name.partition(".")[0])
+        return f"__main__:{name}"
+
+    def _scalar(self, value: Any) -> Parts | None:
+        """Hash an immutable object by what it is made of; it has no identity."""
+        if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # a NumPy scalar
+            if value.dtype.names is None and not value.dtype.hasobject:
+                self._emit(b"v", repr(value.dtype).encode() + b"|" + value.tobytes())
+                return None
+        elif hasattr(value, "_value_") and hasattr(type(value), "__members__"):
+            return self._member(value)
+        return self._reduced(value)
+
+    def _member(self, value: Any) -> Parts:
+        self._emit(b"e", str(value._name_).encode())
+        yield "", type(value)
+        yield ".value", value._value_
+
+    # Python's own types ------------------------------------------------------------------------------------
+
+    def _list(self, value: list[Any] | tuple[Any, ...]) -> Parts | None:
+        tag = b"l" if type(value) is list else b"t"
+        if set(map(type, value)) <= ATOMS:
+            self._emit(tag + b"a", dumps(value, _MARSHAL) if self.hashing else b"")
+            return None
+        self._emit(tag, len(value).to_bytes(8, "little"))
+        return iter(enumerate(value))
+
+    def _dict(self, value: dict[Any, Any]) -> Parts | None:
+        if set(map(type, value)) <= ATOMS and set(map(type, value.values())) <= ATOMS:
+            self._emit(b"da", dumps(list(value.items()), _MARSHAL) if self.hashing else b"")
+            return None
+        self._emit(b"d", len(value).to_bytes(8, "little"))
+        return self._items(value.items())
+
+    def _items(self, pairs: Any) -> Parts:
+        for key, item in list(pairs):
+            yield "", key
+            yield (key,), item
+
+    def _set(self, value: set[Any] | frozenset[Any]) -> Parts | None:
+        tag = type(value).__name__.encode()
+        if set(map(type, value)) <= ATOMS:
+            self._emit(
+                tag, b"".join(sorted(dumps(item, _MARSHAL) for item in value)) if self.hashing else b""
+            )
+            return None
+        self._emit(tag, len(value).to_bytes(8, "little"))
+        if not self.hashing:
+            return (("", item) for item in value)
+        ordered = []
+        for item in value:
+            walk = Walk(self.namespace, own=self.own, opaque=self.opaque, problems=self.problems, outer=self)
+            digest = walk.run(item)
+            self.live |= walk.live
+            self.memory |= walk.memory
+            self.seen |= walk.seen
+            ordered.append(
+                (
+                    digest,
+                    -1 if (place := self._find(id(item))) is None else place,
+                    id(item) in walk.seen,
+                    item,
+                )
+            )
+        for digest, place, shareable, item in sorted(ordered, key=lambda entry: entry[:2]):
+            self._emit(b"i", f"{digest}{place}".encode())
+            if shareable and place < 0:
+                self._register(item)
+        return None
+
+    def _bytes(self, value: Any) -> None:
+        self._emit(b"b" + type(value).__name__[:1].encode(), value)
+
+    def _memoryview(self, value: memoryview) -> Parts:
+        self._emit(b"mv", repr((value.format, value.shape, value.readonly)).encode())
+        self._emit(b"mb", value.tobytes())
+        if not value.readonly and isinstance(value.obj, bytearray):
+            yield "", value.obj  # it shares memory with it
+
+    def _view(self, value: Any) -> Parts:
+        self._emit(b"dv", DICT_VIEWS[type(value)].encode())
+        yield "", underlying(value)
+
+    def _proxy(self, value: Any) -> Parts:
+        self._emit(b"mp")
+        return self._items(value.items())
+
+    def _code(self, code: types.CodeType) -> None:
+        self._emit(b"co", _code_bytes(code))
+
+    def _function(self, value: types.FunctionType) -> Parts:
+        self._emit(b"fn", _code_bytes(value.__code__))
+        yield ".__defaults__", value.__defaults__
+        yield ".__kwdefaults__", value.__kwdefaults__
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            yield f".<{name}>", cell
+        yield "", dict(value.__dict__)
+
+    def _cell(self, value: types.CellType) -> Parts:
+        self._emit(b"ce")
+        try:
+            content = value.cell_contents
+        except ValueError:
+            return
+        yield "", content
+
+    def _method(self, value: types.MethodType) -> Parts:
+        self._emit(b"me", value.__func__.__name__.encode())
+        yield ".__self__", value.__self__
+        yield "", value.__func__
+
+    def _builtin(self, value: Any) -> Parts:
+        self._emit(b"bi", f"{value.__module__}.{value.__name__}".encode())
+        if not isinstance(value.__self__, types.ModuleType):
+            yield ".__self__", value.__self__
+
+    def _descriptor(self, value: Any) -> None:
+        self._emit(b"ds", value.__name__.encode())
+
+    def _wrapped(self, value: Any) -> Parts:
+        self._emit(b"w", type(value).__name__.encode())
+        yield "", value.__func__
+
+    def _property(self, value: property) -> Parts:
+        self._emit(b"pr")
+        for function in (value.fget, value.fset, value.fdel):
+            yield "", function
+
+    def _lru(self, value: Any) -> Parts:
+        self._emit(b"lru", repr(sorted(value.cache_parameters().items())).encode())
+        yield "", value.__wrapped__
+
+    def _class(self, value: type) -> Parts:
+        """Walk over a class of the notebook: its bases and what its body defined."""
+        self._emit(b"cl", f"{value.__module__}.{value.__qualname__}".encode())
+        yield "", type(value)
+        for base in value.__bases__:
+            yield "", base
+        body = dict(value.__dict__)
+        members: dict[str, Any] = body.get("__members__") or getattr(value, "__members__", None) or {}
+        is_enum = "_member_map_" in body
+        if is_enum:
+            for name, member in members.items():
+                self._emit(b"em", name.encode())
+                yield f".{name}", member._value_
+        for name, field in (body.get("__pydantic_fields__") or {}).items():
+            self._emit(b"pf", name.encode())
+            yield f".{name}", field.default
+            yield f".{name}", field.default_factory
+        for name in sorted(body):
+            if name in _DERIVED or name.startswith("__pydantic_") or name in (members if is_enum else ()):
+                continue
+            item = body[name]
+            if is_enum and not isinstance(item, types.FunctionType | property | classmethod):
+                continue
+            self._emit(b"at", name.encode())
+            yield f".{name}", item
+
+    def _reduced(self, value: Any) -> Parts:
+        """Walk over what pickle would make of an object."""
+        reduced = reduce_value(value)
+        if isinstance(reduced, str):
+            self._emit(b"gl", f"{getattr(value, '__module__', '')}:{reduced}".encode())
+            return
+        make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+        self._emit(b"re", len(arguments).to_bytes(8, "little"))
+        yield "", make
+        for argument in arguments:
+            yield "", argument
+        yield from self._state(state)
+        if items is not None:
+            self._emit(b"li")
+            yield from enumerate(items)
+        if pairs is not None:
+            self._emit(b"di")
+            yield from self._items(pairs)
+
+    def _state(self, state: Any) -> Parts:
+        if (
+            type(state) is tuple
+            and len(state) == 2
+            and all(part is None or type(part) is dict for part in state)
+        ):
+            self._emit(b"s2")
+            for part in state:
+                yield from self._state(part)
+        elif type(state) is dict:
+            self._emit(b"sd", len(state).to_bytes(8, "little"))
+            for key, item in list(state.items()):
+                yield "", key
+                yield (f".{key}" if isinstance(key, str) else (key,)), item
+        else:
+            self._emit(b"s")
+            yield "", state
+
+    # Arrays and frames -------------------------------------------------------------------------------------
+
+    def _array(self, array: Any, *, own_memory: bool = True) -> Parts | None:
+        """Hash a NumPy array by its content, whatever its strides."""
+        dtype = array.dtype
+        self._emit(b"np", f"{dtype!r}{array.shape}".encode())
+        if dtype.names is not None:  # field by field: padding is garbage
+            return ((f"[{name!r}]", array[name]) for name in dtype.names)
+        if dtype.hasobject:
+            return iter(enumerate(array.ravel().tolist()))
+        if own_memory:
+            self.memory.add(id(memory_owner(array)))
+        if self.hashing and array.size:
+            flat = array.ravel()  # a view where it is contiguous
+            self._emit(b"nb", memoryview(flat.view("u1")))
+        return None
+
+    def _numpy(self, value: Any, numpy: Any) -> Any:
+        if type(value) is numpy.ndarray:
+            return self._array(value)
+        if isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
+            self.memory.add(id(memory_owner(value)))
+        if isinstance(value, numpy.ufunc):
+            self._emit(b"uf", value.__name__.encode())
+            return None
+        return NotImplemented
+
+    def _pandas(self, value: Any, pandas: Any) -> Any:
+        if isinstance(value, pandas.DataFrame):
+            return self._frame(value)
+        if isinstance(value, pandas.Series):
+            return self._series(value)
+        if isinstance(value, pandas.Index):
+            return self._index(value, pandas)
+        if isinstance(value, pandas.api.extensions.ExtensionArray):
+            return self._column(value)
+        return NotImplemented
+
+    def _frame(self, frame: Any) -> Parts:
+        self._emit(b"df", repr(frame.shape).encode())
+        yield "", type(frame)
+        yield ".index", frame.index
+        yield ".columns", frame.columns
+        yield ".attrs", frame.attrs
+        yield ".flags", frame.flags.allows_duplicate_labels
+        for number in range(frame.shape[1]):
+            yield f"[{frame.columns[number]!r}]", frame.iloc[:, number].array
+
+    def _series(self, series: Any) -> Parts:
+        self._emit(b"sr")
+        yield "", type(series)
+        yield ".name", series.name
+        yield ".index", series.index
+        yield ".attrs", series.attrs
+        yield "", series.array
+
+    def _index(self, index: Any, pandas: Any) -> Parts:
+        self._emit(b"ix")
+        yield "", type(index)
+        yield ".names", tuple(index.names)
+        if isinstance(index, pandas.RangeIndex):
+            yield "", (index.start, index.stop, index.step)
+        elif isinstance(index, pandas.MultiIndex):
+            for level, codes in zip(index.levels, index.codes, strict=True):
+                yield "", level
+                self._array(codes, own_memory=False)
+        else:
+            yield ".freq", getattr(index, "freqstr", None)
+            yield "", index.array
+
+    def _column(self, array: Any) -> Parts:
+        """Walk over a pandas column; its memory is pandas' own business (copy on write), never shared."""
+        self._emit(b"ea", f"{type(array).__qualname__}{array.dtype!r}".encode())
+        if (arrow := getattr(array, "_pa_array", None)) is not None:
+            self._arrow(arrow, sys.modules["pyarrow"])
+            return
+        parts: list[Any] = []
+        if hasattr(array, "categories"):
+            yield ".categories", array.categories
+            parts = [array.codes]
+        elif hasattr(array, "_mask") and hasattr(array, "_data"):
+            parts = [array._data, array._mask]
+        elif hasattr(array, "asi8"):
+            parts = [array.asi8]
+        elif hasattr(array, "_ndarray"):
+            parts = [array._ndarray]
+        elif hasattr(array, "left") and hasattr(array, "closed"):
+            yield "", array.left
+            yield "", array.right
+        else:
+            yield from self._reduced(array)
+        for part in parts:
+            yield from self._array(part, own_memory=False) or ()
+
+    def _arrow(self, value: Any, arrow: Any) -> Any:
+        """Hash Arrow data as an IPC stream: content without chunk borders, slices and unused bytes."""
+        if isinstance(value, arrow.DataType | arrow.Field):
+            self._emit(b"at", str(value).encode())
+            return None
+        if isinstance(value, arrow.Schema):
+            self._emit(b"as", bytes(value.serialize()))
+            return None
+        if isinstance(value, arrow.Array | arrow.ChunkedArray):
+            table = arrow.table({"": value})
+        elif isinstance(value, arrow.RecordBatch):
+            table = arrow.Table.from_batches([value])
+        elif isinstance(value, arrow.Table):
+            table = value
+        else:
+            return NotImplemented
+        self._emit(b"ar", type(value).__qualname__.encode())
+        if self.hashing:
+            with arrow.ipc.new_stream(arrow.PythonFile(_Sink(self), mode="w"), table.schema) as stream:
+                stream.write_table(table.combine_chunks())
+        return None
+
+    def _polars(self, value: Any, polars: Any) -> Any:
+        if isinstance(value, polars.DataFrame):
+            self._emit(b"pf", repr(value.schema).encode())
+            frame = value
+        elif isinstance(value, polars.Series):
+            self._emit(b"ps", repr((value.name, value.dtype)).encode())
+            frame = value.to_frame()
+        else:
+            return NotImplemented
+        # codes of categories depend on what the process saw before
+        frame = frame.with_columns(polars.col(polars.Categorical).cast(polars.String))
+        return self._arrow(frame.to_arrow(), sys.modules["pyarrow"])
+
+
+class _Sink:
+    """A file, as Arrow wants it, that hashes what is written."""
+
+    closed = False
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._walk._emit(b"", view)
+        return len(view)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+_HANDLERS: dict[type, Any] = {
+    list: Walk._list,
+    tuple: Walk._list,
+    dict: Walk._dict,
+    set: Walk._set,
+    frozenset: Walk._set,
+    bytearray: Walk._bytes,
+    memoryview: Walk._memoryview,
+    types.MappingProxyType: Walk._proxy,
+    types.CodeType: Walk._code,
+    types.FunctionType: Walk._function,
+    types.CellType: Walk._cell,
+    types.MethodType: Walk._method,
+    types.BuiltinFunctionType: Walk._builtin,
+    types.MethodDescriptorType: Walk._descriptor,
+    types.WrapperDescriptorType: Walk._descriptor,
+    types.MethodWrapperType: Walk._descriptor,
+    types.ClassMethodDescriptorType: Walk._descriptor,
+    types.MemberDescriptorType: Walk._descriptor,
+    types.GetSetDescriptorType: Walk._descriptor,
+    classmethod: Walk._wrapped,
+    staticmethod: Walk._wrapped,
+    property: Walk._property,
+    LruCacheWrapper: Walk._lru,
+} | dict.fromkeys(DICT_VIEWS, Walk._view)
+_PACKAGES: dict[str, Any] = {
+    "numpy": Walk._numpy,
+    "pandas": Walk._pandas,
+    "pyarrow": Walk._arrow,
+    "polars": Walk._polars,
+}
+
+
+def _label(how: str | int | tuple[Any]) -> str:
+    if isinstance(how, str):
+        return how
+    try:
+        return f"[{how!r}]" if isinstance(how, int) else f"[{how[0]!r:.60}]"
+    except Exception:
+        return "[…]"
+
+
+def _frozen(value: Any) -> bytes | None:
+    """Return bytes for a value that is immutable all through (its sharing can't matter), else None."""
+    kinds = set(map(type, value))
+    if type(value) is tuple:
+        if kinds <= ATOMS:
+            return b"t" + dumps(value, _MARSHAL)
+        if not kinds <= _FROZEN:
+            return None
+        parts = [dumps(item, _MARSHAL) if type(item) in ATOMS else _frozen(item) for item in value]
+    else:
+        if not kinds <= _FROZEN:
+            return None
+        parts = [dumps(item, _MARSHAL) if type(item) in ATOMS else _frozen(item) for item in value]
+        if None not in parts:
+            parts.sort()
+    if None in parts:
+        return None
+    joined = b"".join(len(part).to_bytes(8, "little") + part for part in parts if part is not None)
+    return type(value).__name__[:1].encode() + b"*" + blake3(joined).digest()
+
+
+_FROZEN = ATOMS | {tuple, frozenset}
+
+
+def _code_bytes(code: types.CodeType) -> bytes:
+    """Return bytes for compiled code, without the file and the lines on which it stands."""
+    facts = (
+        code.co_code,
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_kwonlyargcount,
+        code.co_flags,
+        code.co_exceptiontable,
+        code.co_name,
+    )
+    return blake3(dumps(facts, _MARSHAL) + b"".join(map(_constant, code.co_consts))).digest()
+
+
+def _constant(value: Any) -> bytes:
+    if isinstance(value, types.CodeType):
+        data = b"c" + _code_bytes(value)
+    elif type(value) in ATOMS:
+        data = dumps(value, _MARSHAL)
+    elif isinstance(value, tuple | frozenset):
+        parts = [_constant(item) for item in value]
+        data = type(value).__name__.encode() + b"".join(parts if isinstance(value, tuple) else sorted(parts))
+    else:
+        data = repr(value).encode()  # Ellipsis
+    return len(data).to_bytes(8, "little") + data
+
+
+def _is_immutable_scalar(value: Any) -> bool:
+    """Tell whether a package's value has no identity: NumPy scalars, dtypes, Timedeltas, Arrow types."""
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    if package == "typing":
+        return True
+    if package not in _PACKAGES or isinstance(value, type):
+        return False
+    module: Any = sys.modules.get(package)
+    if package == "numpy":
+        return isinstance(value, module.generic | module.dtype)
+    if package == "pandas":
+        dtype = module.api.extensions.ExtensionDtype
+        kinds = (module.Timedelta, module.Period, module.Interval, module.offsets.BaseOffset, dtype)
+        return value is module.NA or value is module.NaT or isinstance(value, kinds)
+    if package == "pyarrow":
+        return isinstance(value, module.DataType | module.Field | module.Schema | module.Scalar)
+    return isinstance(value, module.DataType)
+
+
+def memory_owner(array: Any) -> Any:
+    """Return the object that owns an array's memory: an array, or whatever lent it a buffer."""
+    owner = array
+    while (base := getattr(owner, "base", None)) is not None:
+        owner = base
+    return owner
+
+
+def _own_name(value: Any, namespace: Namespace | None) -> str:
+    """Return the name of a notebook function or class that is itself the value, "" for others."""
+    is_code = isinstance(value, types.FunctionType | type | LruCacheWrapper)
+    return (live_name(value, namespace) or "").partition(".")[0] if is_code else ""
+
+
+def fingerprint(value: Any, namespace: Namespace | None = None) -> str:
+    """Return the digest of a value; raises Unfingerprintable, naming the part that can't be looked into.
+
+    Functions and classes that `namespace` holds count by name where the value merely refers to them, and by
+    their code, defaults, closure and attributes where they are the value, or are not held by name.
+    """
+    return Walk(namespace, own=_own_name(value, namespace)).run(value)
+
+
+def partial_fingerprint(value: Any, namespace: Namespace | None = None) -> tuple[str, list[Problem]]:
+    """Return the digest of what can be looked into, and the parts that can't.
+
+    Those count by type alone. A package's object that holds such a part (a client with its connections) is
+    left out whole: its inner state changes whenever it is used. The digest of a value without problems is
+    `fingerprint`'s.
+    """
+    opaque: frozenset[int] = frozenset()
+    problems: list[Problem] = []
+    while True:
+        try:
+            digest = Walk(namespace, own=_own_name(value, namespace), opaque=opaque).run(value)
+        except Unfingerprintable as error:
+            if error.problem is None or error.problem.unit in opaque or len(problems) >= MAX_OPAQUE:
+                kind = type(value)
+                return f"opaque:{kind.__module__}.{kind.__qualname__}", problems
+            problems.append(error.problem)
+            opaque |= {error.problem.unit}
+        else:
+            return (f"partly:{digest}" if problems else digest), problems
+
+
+def reach(value: Any, namespace: Namespace, name: str) -> tuple[Walk, list[Problem]]:
+    """Return which objects a variable's value reaches, and what of it can't be saved; hashes nothing."""
+    problems: list[Problem] = []
+    own = _own_name(value, namespace)
+    walk = Walk(namespace, hashing=False, own=own if own == name else "", problems=problems)
+    walk.run(value)
+    return walk, problems
+
+
+def immutable(value: Any) -> bool:
+    """Tell whether a value is known to be unable to change, so that a fingerprint of it stays true."""
+    kind = type(value)
+    if kind in ATOMS:
+        return True
+    return (kind is tuple or kind is frozenset) and _frozen(value) is not None
