@@ -276,6 +276,13 @@ def _kernel(nb: Any, notebook: Path, wanted: str | None, warnings: list[str]) ->
     return str(name), language
 
 
+def kernel_names() -> list[str]:
+    """Return the kernels that are installed here, by name."""
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    return sorted(KernelSpecManager().find_kernel_specs())
+
+
 # Parameters ------------------------------------------------------------------------------------------------
 
 
