@@ -5,6 +5,7 @@ Owns every use of psutil and of file locks; knows nothing of runs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -25,7 +26,14 @@ _FOREIGN = (
     "NBDURABLE_RUN_ID",
 )  # what belongs to the kernel that starts a process, not to the process
 
-_children: list[subprocess.Popen[bytes]] = []  # kept, so that they are reaped and never warned about
+_children: list[subprocess.Popen[bytes]] = []  # kept, so that they are reaped
+
+
+@atexit.register
+def _let_go() -> None:
+    """Leave the children running without Popen's warning: to outlive this process is what they are for."""
+    for child in _children:
+        child.returncode = child.poll() or 0
 
 
 class LockTimeout(Exception):

@@ -16,29 +16,31 @@ from nbdurable.models import Attempt, ErrorInfo, Event, Step, StepStatus, Variab
 class Kind(StrEnum):
     """What a line of history tells, in the past tense."""
 
-    RUN_CREATED = "run-created"
-    RUN_LEASED = "run-leased"
-    RUN_TAKEN_OVER = "run-taken-over"
-    RUN_SUSPENDED = "run-suspended"
-    RUN_WOKEN = "run-woken"
-    RUN_COMPLETED = "run-completed"
-    RUN_FAILED = "run-failed"
-    RUN_RELEASED = "run-released"
-    RUN_LOST = "run-lost"
-    RUN_LEFT = "run-left"
-    RUN_POISONED = "run-poisoned"
-    RUN_CANCEL_REQUESTED = "run-cancel-requested"
-    RUN_CANCELLED = "run-cancelled"
-    RUN_RESUMED = "run-resumed"
-    RUN_CLOSED = "run-closed"
-    RUN_DELAYED = "run-delayed"
-    RESULT_SET = "result-set"
-    STEP_BEGUN = "step-begun"
-    STEP_RESTORED = "step-restored"
-    STEP_COMMITTED = "step-committed"
-    STEP_FAILED = "step-failed"
-    WAIT_OPENED = "wait-opened"
-    WAIT_ANSWERED = "wait-answered"
+    RUN_CREATED = "run_created"
+    RUN_LEASED = "run_leased"
+    RUN_TAKEN_OVER = "run_taken_over"
+    RUN_SUSPENDED = "run_suspended"
+    RUN_WOKEN = "run_woken"
+    RUN_COMPLETED = "run_completed"
+    RUN_FAILED = "run_failed"
+    RUN_RELEASED = "run_released"
+    RUN_LOST = "run_lost"
+    RUN_LEFT = "run_left"
+    RUN_POISONED = "run_poisoned"
+    RUN_CANCEL_REQUESTED = "run_cancel_requested"
+    RUN_CANCELLED = "run_cancelled"
+    RUN_RESUMED = "run_resumed"
+    RUN_CLOSED = "run_closed"
+    RUN_DELAYED = "run_delayed"
+    RESULT_SET = "result_set"
+    STEP_STARTED = "step_started"
+    STEP_RESTORED = "step_restored"
+    STEP_COMPLETED = "step_completed"
+    STEP_WAITING = "step_waiting"
+    STEP_REPLAY = "step_replay"
+    STEP_FAILED = "step_failed"
+    WAIT_OPENED = "wait_opened"
+    WAIT_ANSWERED = "wait_answered"
 
 
 END_OF_DRIVING = frozenset(
@@ -57,11 +59,12 @@ END_OF_DRIVING = frozenset(
 )
 """After these, an attempt that still ran is lost: nobody is left who could end it."""
 
-_BY_CHECKPOINT = {
-    "completed": StepStatus.COMPLETED,
-    "waiting": StepStatus.WAITING,
-    "replay": StepStatus.REPLAY,
+COMMITS = {
+    "completed": (Kind.STEP_COMPLETED, StepStatus.COMPLETED),
+    "waiting": (Kind.STEP_WAITING, StepStatus.WAITING),
+    "replay": (Kind.STEP_REPLAY, StepStatus.REPLAY),
 }
+"""How a step is committed: the kind of event that carries its checkpoint, and the status that it gives it."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ class StepState:
     executions: int = 0
     restores: int = 0
     attempts: list[Attempt] = field(default_factory=list)
-    began: dict[int, int] = field(default_factory=dict)  # attempt → seq
+    started: dict[int, int] = field(default_factory=dict)  # attempt → seq
     committed: dict[tuple[int, str], int] = field(default_factory=dict)  # (attempt, status) → seq
     checkpoint: StepStatus | None = None  # the status that its latest checkpoint gives it
     checkpoint_seq: int | None = None
@@ -158,12 +161,12 @@ class Fold:
                 state.reason = event.sentence
 
 
-def _begun(state: StepState, event: Event) -> None:
+def _started(state: StepState, event: Event) -> None:
     number = int(event.data["attempt"])
     state.attempts.append(
         Attempt(number=number, status="running", epoch=event.epoch, started_at=event.at),
     )
-    state.began[number] = event.seq
+    state.started[number] = event.seq
     state.executions += 1
     state.status = StepStatus.RUNNING
     _decided(state, event)
@@ -184,7 +187,7 @@ def _committed(state: StepState, event: Event) -> None:
     number, status = int(event.data["attempt"]), event.data["status"]
     state.end(number, "waiting" if status == "waiting" else "completed", event)
     state.committed[number, status] = event.seq
-    state.status = state.checkpoint = _BY_CHECKPOINT[status]
+    state.status = state.checkpoint = COMMITS[status][1]
     state.checkpoint_seq = event.seq
     state.variables = event.data["variables"]
     state.calls = int(event.data.get("calls", 0))
@@ -197,9 +200,9 @@ def _failed(state: StepState, event: Event) -> None:
 
 
 _STEP_EVENTS = {
-    Kind.STEP_BEGUN: _begun,
+    Kind.STEP_STARTED: _started,
     Kind.STEP_RESTORED: _restored,
-    Kind.STEP_COMMITTED: _committed,
+    **{kind: _committed for kind, _ in COMMITS.values()},
     Kind.STEP_FAILED: _failed,
 }
 

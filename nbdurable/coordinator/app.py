@@ -1,0 +1,233 @@
+"""The coordinator's HTTP: `contract.ENDPOINTS` served by an engine's handlers.
+
+Owns parsing, the check of token and version, errors as JSON, the OpenAPI document and its page; decides nothing.
+Handlers take the raw request and return raw bytes: validation by FastAPI would cost as much as the rest of a call.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
+from pydantic import ValidationError
+from pydantic_core import from_json, to_json
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from nbdurable import __version__, contract
+from nbdurable.contract import Endpoint
+from nbdurable.errors import DurableError, NotFound, UsageError, WrongVersion
+from nbdurable.models import Shape
+from nbdurable.security import check_token
+
+Handler = Callable[[Any], Awaitable[Shape]]
+
+_log = logging.getLogger("nbdurable.coordinator")
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def create_app(handlers: Mapping[Endpoint[Any, Any], Handler], token: str) -> FastAPI:
+    """Return the application that serves every endpoint of the contract to whoever shows the token."""
+    app = FastAPI(
+        title="nbdurable coordinator",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    for endpoint in contract.ENDPOINTS:
+        app.add_api_route(
+            endpoint.path,
+            _route(endpoint, handlers[endpoint]),
+            methods=[endpoint.method],
+            summary=endpoint.about,
+            operation_id=f"{endpoint.method.lower()}_{endpoint.path}".replace("/", "_"),
+            response_class=Response,
+            openapi_extra=_operation(endpoint),
+        )
+    app.add_api_route("/docs", lambda: HTMLResponse(_page(app.openapi())), include_in_schema=False)
+    app.add_exception_handler(HTTPException, _no_such_path)
+    document = app.openapi  # FastAPI keeps what it returns, so the shapes are added to it once
+
+    def with_shapes() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document().setdefault("components", {})["schemas"] = _schemas()
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = with_shapes  # type: ignore[method-assign]
+    app.add_middleware(_Guard, token=token)
+    return app
+
+
+class _Guard:
+    """Lets nobody in without the token, nor a client of another version (except to end the coordinator)."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        authorization = version = None
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                authorization = value.decode("latin-1")
+            elif name == b"x-nbdurable-version":
+                version = value.decode("latin-1")
+        try:
+            check_token(self._token, authorization)
+            if version not in (None, __version__) and scope["path"] != contract.SHUTDOWN.path:
+                raise WrongVersion(
+                    f"this client is nbdurable {version}, the coordinator is {__version__}",
+                    todo="`nbdurable down` ends the coordinator; the next command starts one of its own version",
+                )
+        except DurableError as error:
+            await _refusal(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    question = endpoint.question
+    posted = endpoint.method == "POST"
+
+    async def route(request: Request) -> Response:
+        try:
+            if posted:
+                fields = from_json(await request.body() or b"{}")
+                if not isinstance(fields, dict):
+                    raise UsageError("the question is not a JSON object", todo="see /openapi.json")
+            else:
+                fields = {name: value or None for name, value in request.query_params.items()}
+            answer = await handler(question.model_validate(fields | request.path_params))
+        except DurableError as error:
+            return _refusal(error)
+        except ValidationError as error:
+            return _refusal(_misfit(endpoint, error))
+        except ValueError as error:  # from_json
+            return _refusal(UsageError(f"the question is not JSON: {error}", todo="see /openapi.json"))
+        except Exception as error:
+            _log.exception("%s %s", endpoint.method, endpoint.path)
+            return _refusal(
+                DurableError(f"the coordinator met an error of its own: {error!r}", todo="see its log")
+            )
+        return Response(answer.__pydantic_serializer__.to_json(answer), media_type="application/json")
+
+    return route
+
+
+def _misfit(endpoint: Endpoint[Any, Any], error: ValidationError) -> UsageError:
+    found = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()[:5])
+    return UsageError(f"this is no {endpoint.question.__name__}: {found}", todo="see /openapi.json")
+
+
+def _refusal(error: DurableError) -> Response:
+    return Response(to_json(error.to_wire()), error.http_status, media_type="application/json")
+
+
+async def _no_such_path(request: Request, error: Exception) -> Response:
+    return _refusal(NotFound(f"there is no {request.method} {request.url.path}", todo="see /openapi.json"))
+
+
+# The document ----------------------------------------------------------------------------------------------
+
+
+def _operation(endpoint: Endpoint[Any, Any]) -> dict[str, Any]:
+    """Return what OpenAPI says of an endpoint beyond its path: parameters, body, answers."""
+    schema = endpoint.question.model_json_schema(ref_template=_REFERENCE)
+    parameters = []
+    for name, field in schema.get("properties", {}).items():
+        in_path = f"{{{name}}}" in endpoint.path
+        if in_path or endpoint.method == "GET":
+            required = in_path or name in schema.get("required", ())
+            where = "path" if in_path else "query"
+            parameters.append({"name": name, "in": where, "required": required, "schema": field})
+    operation: dict[str, Any] = {
+        "parameters": parameters,
+        "responses": {
+            "200": {"description": "The answer.", "content": _content(endpoint.answer)},
+            "default": {
+                "description": "An error: its slug, what happened, and what to do next.",
+                "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Error")}}},
+            },
+        },
+    }
+    if endpoint.method == "POST":
+        operation["requestBody"] = {"required": True, "content": _content(endpoint.question)}
+    return operation
+
+
+def _content(shape: type[Shape]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REFERENCE.format(model=shape.__name__)}}}
+
+
+def _schemas() -> dict[str, Any]:
+    """Return the JSON schemas of all shapes that the endpoints use."""
+    found: dict[str, Any] = {
+        "Error": {
+            "type": "object",
+            "properties": {name: {"type": "string"} for name in ("error", "message", "todo")},
+            "required": ["error", "message", "todo"],
+        }
+    }
+    for endpoint in contract.ENDPOINTS:
+        for shape in (endpoint.question, endpoint.answer):
+            schema = shape.model_json_schema(ref_template=_REFERENCE)
+            found |= schema.pop("$defs", {})
+            found[shape.__name__] = schema
+    return found
+
+
+def _page(document: dict[str, Any]) -> str:
+    """Return the OpenAPI document as one page without scripts."""
+    rows = []
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            fields = ", ".join(one["name"] for one in operation.get("parameters", ()))
+            body = operation.get("requestBody")
+            question = (
+                body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1] if body else fields
+            )
+            answer = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].rsplit(
+                "/", 1
+            )[1]
+            cells = (f"{method.upper()} {path}", operation["summary"], question, answer)
+            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    shapes = [
+        f"<h3 id='{name}'>{name}</h3><p>{html.escape(schema.get('description', ''))}</p><pre>"
+        + html.escape(
+            "\n".join(f"{key}: {_type(field)}" for key, field in schema.get("properties", {}).items())
+        )
+        + "</pre>"
+        for name, schema in sorted(document["components"]["schemas"].items())
+    ]
+    return (
+        "<!doctype html><meta charset='utf-8'><title>nbdurable coordinator</title>"
+        "<style>body{font:15px/1.5 system-ui;max-width:70rem;margin:2rem auto;padding:0 1rem}"
+        "td,th{text-align:left;padding:.2rem .8rem .2rem 0;vertical-align:top}td:first-child{font-family:monospace}</style>"
+        f"<h1>nbdurable coordinator {html.escape(document['info']['version'])}</h1>"
+        "<p>Every request carries <code>Authorization: Bearer TOKEN</code>; the document is /openapi.json.</p>"
+        "<table><tr><th>call<th>what<th>question<th>answer</tr>"
+        + "".join(f"<tr>{row}</tr>" for row in rows)
+        + "</table><h2>Shapes</h2>"
+        + "".join(shapes)
+    )
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        return str(field["$ref"]).rsplit("/", 1)[1]
+    if "anyOf" in field:
+        return " | ".join(_type(one) for one in field["anyOf"])
+    if field.get("type") == "array":
+        return f"[{_type(field.get('items', {}))}]"
+    return str(
+        field.get("const") or " | ".join(map(str, field.get("enum", ()))) or field.get("type", "any JSON")
+    )
