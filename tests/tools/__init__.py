@@ -1,0 +1,1 @@
+"""What several tests share: real kernels and real notebooks."""
