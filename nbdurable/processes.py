@@ -15,9 +15,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from nbdurable.models import ProcessIdentity
+
+if TYPE_CHECKING:
+    import psutil
 
 _SAME_START_S = 0.05  # a start time is exact to a clock tick (10 ms)
 _MAX_LOG_BYTES = 8_000_000
@@ -102,11 +105,42 @@ def end_tree(process: ProcessIdentity, grace_s: float = 2.0) -> None:
 
     if not is_local(process) or not is_alive(process):
         return
-    try:
-        root = psutil.Process(process.pid)
-        doomed = [*root.children(recursive=True), root]
-    except psutil.NoSuchProcess:
-        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        _end([*_descendants(psutil.Process(process.pid)), psutil.Process(process.pid)], grace_s)
+
+
+def end_marked(environment: Mapping[str, str], grace_s: float = 2.0) -> None:
+    """End the processes of this host, with their descendants, that were started with these variables set.
+
+    For what a killed process left behind, whose children nobody can find by their parent any more.
+    """
+    import psutil
+
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # another user's, or gone meanwhile
+            if environment.items() <= one.environ().items():
+                found += [*_descendants(one), one]
+    _end(list(dict.fromkeys(found)), grace_s)
+
+
+def _descendants(process: psutil.Process) -> Iterator[psutil.Process]:
+    """Yield what a process started, and what that started; but no coordinator, which serves others too."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for child in process.children():
+            with contextlib.suppress(psutil.Error, OSError):
+                if "nbdurable.coordinator" in child.cmdline():
+                    continue
+            yield from _descendants(child)
+            yield child
+
+
+def _end(doomed: Sequence[psutil.Process], grace_s: float) -> None:
+    """Ask processes to end, and after `grace_s` seconds kill them; this one and its ancestors are spared."""
+    import psutil
+
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     doomed = [one for one in doomed if one.pid not in spared]
     for one in doomed:
@@ -116,7 +150,7 @@ def end_tree(process: ProcessIdentity, grace_s: float = 2.0) -> None:
     for one in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    psutil.wait_procs(stubborn, timeout=grace_s)
+    psutil.wait_procs(stubborn, timeout=max(grace_s, 2.0))
 
 
 def spawn(
