@@ -321,10 +321,10 @@ class Walk:
         return self._items(value.items())
 
     def _code(self, code: types.CodeType) -> None:
-        self._emit(b"co", _code_bytes(code))
+        self._emit(b"co", code_bytes(code))
 
     def _function(self, value: types.FunctionType) -> Parts:
-        self._emit(b"fn", _code_bytes(value.__code__))
+        self._emit(b"fn", code_bytes(value.__code__))
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
@@ -642,7 +642,7 @@ def _frozen(value: Any) -> bytes | None:
 _FROZEN = ATOMS | {tuple, frozenset}
 
 
-def _code_bytes(code: types.CodeType) -> bytes:
+def code_bytes(code: types.CodeType) -> bytes:
     """Return bytes for compiled code, without the file and the lines on which it stands."""
     facts = (
         code.co_code,
@@ -662,7 +662,7 @@ def _code_bytes(code: types.CodeType) -> bytes:
 
 def _constant(value: Any) -> bytes:
     if isinstance(value, types.CodeType):
-        data = b"c" + _code_bytes(value)
+        data = b"c" + code_bytes(value)
     elif type(value) in ATOMS:
         data = dumps(value, _MARSHAL)
     elif isinstance(value, tuple | frozenset):

@@ -1,0 +1,783 @@
+"""What a cell's code reads and writes, and which functions, classes and modules it stands on.
+
+Owns the reading of source. `analyse` is static and looks at one cell; `uses` follows its names through the
+live namespace; `helpers_in_source` finds the same helpers in a notebook that is not running. Runs nothing
+of the user's.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dis
+import linecache
+import sys
+import textwrap
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from nbdurable.checkpoint.fingerprint import code_bytes, partial_fingerprint
+from nbdurable.checkpoint.manifest import HelperFact
+from nbdurable.checkpoint.objects import LruCacheWrapper, importable
+
+SOURCE_BYTES = 20_000  # of a helper's source that are kept
+_CELL_MAGICS = frozenset({"time", "timeit", "capture", "prun", "memit"})
+_LINE_MAGICS = frozenset({"time", "timeit", "prun", "memit"})
+_SCAN_ITEMS = 100  # members of a container that are looked at for functions and classes of the notebook
+_SCAN_DEPTH = 3
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
+
+
+@dataclass(frozen=True)
+class CellNames:
+    """Names of the namespace that a cell touches by its own code.
+
+    `loads`: read, unless surely bound in the cell before. `stores`: bound, also by `import`, `for`, `with`,
+    `del` followed by a binding, and `global` in a function. `imports`: modules that it imports, dotted.
+    """
+
+    loads: frozenset[str] = frozenset()
+    stores: frozenset[str] = frozenset()
+    deletes: frozenset[str] = frozenset()
+    imports: frozenset[str] = frozenset()
+
+
+@dataclass
+class _Scope:
+    """A function, class or comprehension, or the cell itself (`parent` is None)."""
+
+    kind: str  # cell, function, class, comprehension
+    parent: _Scope | None
+    bound: set[str] = field(default_factory=set)
+    globals: set[str] = field(default_factory=set)
+    nonlocals: set[str] = field(default_factory=set)
+    loads: list[str] = field(default_factory=list)
+
+
+class _Names(ast.NodeVisitor):
+    """Visits a cell in the order in which Python evaluates it."""
+
+    def __init__(self) -> None:
+        self.loads: set[str] = set()
+        self.stores: set[str] = set()
+        self.deletes: set[str] = set()
+        self.imports: set[str] = set()
+        self._sure: set[str] = set()  # bound by now on every path
+        self._branches = 0
+        self._scope = _Scope("cell", None)
+
+    # Names -------------------------------------------------------------------------------------------------
+
+    def _load(self, name: str) -> None:
+        scope = self._scope
+        if scope.kind == "cell":
+            if name not in self._sure:
+                self.loads.add(name)
+        elif scope.kind == "class" and name in scope.bound and name not in scope.globals:
+            return
+        else:
+            scope.loads.append(name)  # what it means is known when the scope ends
+
+    def _store(self, name: str) -> None:
+        scope = self._scope
+        if name in scope.globals:
+            self.stores.add(name)
+        elif scope.kind != "cell":
+            scope.bound.add(name)
+        else:
+            self.stores.add(name)
+            self.deletes.discard(name)
+            if not self._branches:
+                self._sure.add(name)
+
+    def _delete(self, name: str) -> None:
+        scope = self._scope
+        if name in scope.globals or scope.kind == "cell":
+            if name not in self._sure:
+                self.loads.add(name)
+            self.deletes.add(name)
+            self._sure.discard(name)
+        else:
+            scope.bound.add(name)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load):
+            self._load(node.id)
+        elif isinstance(node.ctx, ast.Store):
+            self._store(node.id)
+        else:
+            self._delete(node.id)
+
+    def visit_Global(self, node: ast.Global) -> None:
+        self._scope.globals.update(node.names)
+
+    def visit_Nonlocal(self, node: ast.Nonlocal) -> None:
+        self._scope.nonlocals.update(node.names)
+
+    # Statements whose parts are not evaluated in the order in which they are written
+    # --------------------------
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        self._each(node.targets)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+        self.visit(node.annotation)
+        if node.value is not None or not isinstance(node.target, ast.Name):
+            self.visit(node.target)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        if isinstance(node.target, ast.Name):
+            self._load(node.target.id)
+        self.visit(node.value)
+        self.visit(node.target)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self.visit(node.value)
+        inner = self._scope
+        while self._scope.kind == "comprehension" and self._scope.parent is not None:
+            self._scope = self._scope.parent
+        self.visit(node.target)
+        self._scope = inner
+
+    def visit_For(self, node: ast.For | ast.AsyncFor) -> None:
+        self.visit(node.iter)
+        with self._maybe():
+            self.visit(node.target)
+            self._each(node.body)
+            self._each(node.orelse)
+
+    visit_AsyncFor = visit_For
+
+    def visit_While(self, node: ast.While) -> None:
+        self.visit(node.test)
+        with self._maybe():
+            self._each(node.body)
+            self._each(node.orelse)
+
+    def visit_If(self, node: ast.If) -> None:
+        self.visit(node.test)
+        with self._maybe():
+            self._each(node.body)
+            self._each(node.orelse)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        with self._maybe():
+            self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        with self._maybe():
+            self.generic_visit(node)
+
+    def visit_Try(self, node: ast.Try | ast.TryStar) -> None:
+        with self._maybe():
+            self._each(node.body)
+            self._each(node.handlers)
+            self._each(node.orelse)
+        self._each(node.finalbody)
+
+    visit_TryStar = visit_Try
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
+        if node.type is not None:
+            self.visit(node.type)
+        if node.name:  # bound, and unbound when the handler ends
+            self._store(node.name)
+        self._each(node.body)
+
+    def visit_Match(self, node: ast.Match) -> None:
+        self.visit(node.subject)
+        with self._maybe():
+            self._each(node.cases)
+
+    def visit_MatchAs(self, node: ast.MatchAs | ast.MatchStar) -> None:
+        if node.name:
+            self._store(node.name)
+        self.generic_visit(node)
+
+    visit_MatchStar = visit_MatchAs
+
+    def visit_MatchMapping(self, node: ast.MatchMapping) -> None:
+        self.generic_visit(node)
+        if node.rest:
+            self._store(node.rest)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self.imports.add(alias.name)
+            self._store(alias.asname or alias.name.partition(".")[0])
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module and not node.level:
+            self.imports.add(node.module)
+            self.imports.update(f"{node.module}.{alias.name}" for alias in node.names if alias.name != "*")
+        for alias in node.names:
+            if alias.name != "*":
+                self._store(alias.asname or alias.name)
+
+    # Scopes ------------------------------------------------------------------------------------------------
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self._each(node.decorator_list)
+        self._signature(node.args)
+        if node.returns is not None:
+            self.visit(node.returns)
+        self._store(node.name)  # before its body: it may call itself
+        with self._inside("function"):
+            self._parameters(node.args, getattr(node, "type_params", []))
+            self._each(node.body)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        self._signature(node.args)
+        with self._inside("function"):
+            self._parameters(node.args, [])
+            self.visit(node.body)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._each(node.decorator_list)
+        self._each(node.bases)
+        self._each(node.keywords)
+        with self._inside("class"):
+            self._scope.bound.update({"__module__", "__qualname__"})
+            self._scope.bound.update(parameter.name for parameter in getattr(node, "type_params", []))
+            self._each(node.body)
+        self._store(node.name)
+
+    def _comprehension(self, node: Any) -> None:
+        self.visit(node.generators[0].iter)
+        with self._inside("comprehension"):
+            for number, generator in enumerate(node.generators):
+                if number:
+                    self.visit(generator.iter)
+                self.visit(generator.target)
+                self._each(generator.ifs)
+            for part in ("key", "elt", "value"):
+                if (expression := getattr(node, part, None)) is not None:
+                    self.visit(expression)
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _comprehension
+
+    def _signature(self, arguments: ast.arguments) -> None:
+        self._each(
+            [*arguments.defaults, *(default for default in arguments.kw_defaults if default is not None)]
+        )
+        for argument in _arguments(arguments):
+            if argument.annotation is not None:
+                self.visit(argument.annotation)
+
+    def _parameters(self, arguments: ast.arguments, type_parameters: list[Any]) -> None:
+        self._scope.bound.update(argument.arg for argument in _arguments(arguments))
+        self._scope.bound.update(parameter.name for parameter in type_parameters)
+
+    def _inside(self, kind: str) -> _Within:
+        return _Within(self, kind)
+
+    def _leave(self, scope: _Scope) -> None:
+        """Resolve what a finished scope read: its own, or an enclosing function's, or the namespace's."""
+        assert scope.parent is not None
+        self._scope = scope.parent
+        for name in scope.loads:
+            if name in scope.globals:
+                if name not in self._sure:
+                    self.loads.add(name)
+            elif scope.kind == "class" or name not in scope.bound or name in scope.nonlocals:
+                self._load_outside(name)
+
+    def _load_outside(self, name: str) -> None:
+        """Note a read on behalf of a finished inner scope; scopes of classes are not looked into."""
+        scope = self._scope
+        while scope.kind == "class" and scope.parent is not None:
+            scope = scope.parent
+        inner, self._scope = self._scope, scope
+        self._load(name)
+        self._scope = inner
+
+    def _maybe(self) -> _Maybe:
+        return _Maybe(self)
+
+    def _each(self, nodes: Iterable[ast.AST]) -> None:
+        for node in nodes:
+            self.visit(node)
+
+    # Magics ------------------------------------------------------------------------------------------------
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        texts = [
+            item.value if isinstance(item, ast.Constant) and isinstance(item.value, str) else ""
+            for item in node.args
+        ]
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        sources: list[str] = []
+        if name == "run_cell_magic" and len(texts) == 3 and texts[0] in _CELL_MAGICS:
+            sources = [texts[2]]
+        if name in ("run_cell_magic", "run_line_magic") and len(texts) >= 2 and texts[0] in _LINE_MAGICS:
+            sources.append(texts[1])
+        for source in sources:
+            tree = _parse_lenient(source)
+            if tree is not None:
+                with self._maybe():
+                    self._each(tree.body)
+
+
+class _Within:
+    def __init__(self, names: _Names, kind: str) -> None:
+        self._names, self._kind = names, kind
+
+    def __enter__(self) -> None:
+        self._names._scope = self._mine = _Scope(self._kind, self._names._scope)
+
+    def __exit__(self, *_: object) -> None:
+        self._names._leave(self._mine)
+
+
+class _Maybe:
+    """Code that may not run: what it binds is not surely bound afterwards, but is for what follows inside."""
+
+    def __init__(self, names: _Names) -> None:
+        self._names = names
+
+    def __enter__(self) -> None:
+        self._names._branches += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._names._branches -= 1
+
+
+def _arguments(arguments: ast.arguments) -> Iterator[ast.arg]:
+    yield from (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+    yield from (extra for extra in (arguments.vararg, arguments.kwarg) if extra is not None)
+
+
+def _parse_lenient(source: str) -> ast.Module | None:
+    """Parse a magic's body, in which lines may be magics or shell commands; None if it is not Python."""
+    lines = [
+        f"{line[: len(line) - len(line.lstrip())]}pass" if line.lstrip().startswith(("%", "!")) else line
+        for line in source.splitlines()
+    ]
+    try:
+        return ast.parse("\n".join(lines))
+    except (SyntaxError, ValueError):
+        return None
+
+
+def analyse(tree: ast.Module, source: str = "") -> CellNames:
+    """Return the names that a cell touches; `tree` is its transformed Python, `source` its text."""
+    names = _Names()
+    names._each(tree.body)
+    return CellNames(
+        loads=frozenset(names.loads),
+        stores=frozenset(names.stores),
+        deletes=frozenset(names.deletes),
+        imports=frozenset(names.imports),
+    )
+
+
+# Digests of code -------------------------------------------------------------------------------------------
+
+
+def _canonical(node: Any) -> str:
+    """Write a syntax tree without positions, leaving out what is empty (as later Pythons do)."""
+    if isinstance(node, ast.AST):
+        fields = ",".join(
+            f"{name}={_canonical(value)}"
+            for name, value in ast.iter_fields(node)
+            if value is not None and value != [] and name not in ("type_comment", "kind", "type_ignores")
+        )
+        # a constant None is a field that is None
+        return f"{type(node).__name__}({fields})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    return repr(node)
+
+
+def code_digest(source: str) -> str:
+    """Return the digest of a cell's code without positions, comments and whitespace.
+
+    Text that is not Python (of another kernel's language) counts line by line.
+    """
+    try:
+        text = _canonical(ast.parse(source))
+    except (SyntaxError, ValueError):
+        text = "\n".join(line.rstrip() for line in source.strip().splitlines())
+    return blake3(text.encode("utf-8", "surrogatepass")).hexdigest(16)
+
+
+def _node_digest(node: ast.AST) -> str:
+    return blake3(_canonical(node).encode("utf-8", "surrogatepass")).hexdigest(16)
+
+
+@lru_cache(maxsize=512)
+def _parsed(text: str) -> ast.Module | None:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _first_line(node: Definition) -> int:
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
+
+
+def _segment(node: Definition, text: str) -> str:
+    lines = text.splitlines()[_first_line(node) - 1 : node.end_lineno]
+    source = textwrap.dedent("\n".join(lines))
+    return source.encode()[:SOURCE_BYTES].decode("utf-8", "ignore")
+
+
+def _definitions(tree: ast.AST, path: tuple[str, ...]) -> Iterator[Definition]:
+    """Find definitions by their path of names, e.g. ("timed", "wrapper"), wherever control flow puts them."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if node.name == path[0]:
+                if len(path) == 1:
+                    yield node
+                else:
+                    yield from _definitions(node, path[1:])
+        elif isinstance(node, ast.Assign):
+            target = node.targets[0]
+            if (
+                len(path) == 1
+                and isinstance(node.value, ast.Lambda)
+                and isinstance(target, ast.Name)
+                and target.id == path[0]
+            ):
+                yield node
+        elif isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _definitions(node, path)
+
+
+def _key(qualname: str) -> str:
+    return qualname.replace(".<locals>", "")
+
+
+# Through the live namespace --------------------------------------------------------------------------------
+
+
+@dataclass
+class Uses:
+    """What a cell stands on: variables it reads, helpers of the notebook, modules of the project."""
+
+    inputs: set[str] = field(default_factory=set)
+    helpers: dict[str, HelperFact] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+
+
+def uses(names: Iterable[str], namespace: Mapping[str, Any], project_root: Path) -> Uses:
+    """Follow names through functions, methods, closures and classes of the notebook.
+
+    Variables that those read are inputs too. Modules, builtins, functions and classes of packages are not
+    inputs; modules of the project (files under `project_root`, outside virtual environments) count by their
+    source.
+    """
+    search = _Search(namespace, project_root.resolve())
+    for name in sorted(names):
+        search.name(name)
+    return search.found
+
+
+class _Search:
+    def __init__(self, namespace: Mapping[str, Any], root: Path) -> None:
+        self.found = Uses()
+        self._namespace = namespace
+        self._root = root
+        self._visited: dict[int, Any] = {}
+        self._names: set[str] = set()
+
+    def name(self, name: str) -> None:
+        if name in self._names or name not in self._namespace:
+            return
+        self._names.add(name)
+        value = self._namespace[name]
+        if isinstance(value, types.ModuleType):
+            self.module(value)
+        elif isinstance(value, types.FunctionType | type | LruCacheWrapper | types.BuiltinFunctionType):
+            self.code(value, name)
+        else:
+            if not (isinstance(value, types.MethodType) and importable(type(value.__self__))):
+                self.found.inputs.add(name)
+            self.data(value, name)
+
+    def code(self, value: Any, name: str) -> None:
+        """Visit a function or a class."""
+        if id(value) in self._visited:
+            return
+        self._visited[id(value)] = value
+        if importable(value) is not None or not self._of_notebook(value):
+            self.module(sys.modules.get(getattr(value, "__module__", None) or ""))
+        elif isinstance(value, types.FunctionType):
+            self.function(value, name)
+        elif isinstance(value, type):
+            self.klass(value)
+        if isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):
+            self.code(wrapped, name)
+
+    def _of_notebook(self, value: Any) -> bool:
+        if isinstance(value, types.FunctionType) and value.__globals__ is self._namespace:
+            return True
+        module = getattr(value, "__module__", None)
+        return module in ("__main__", self._namespace.get("__name__", "__main__"))
+
+    def function(self, function: types.FunctionType, name: str) -> None:
+        code = function.__code__
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+        closure = {name: _content(cell) for name, cell in cells.items()}
+        data = {
+            name: value for name, value in closure.items() if not isinstance(value, types.FunctionType | type)
+        }
+        state = self._state([function.__defaults__, function.__kwdefaults__, data])
+        self._add(
+            self._function_key(code, name), _function_definition(code), state, lambda: code_bytes(code).hex()
+        )
+        for value in (
+            *closure.values(),
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+        ):
+            self.data(value, "")
+        if function.__globals__ is self._namespace:
+            for name in sorted(_globals_read(code)):
+                self.name(name)
+        for value in function.__dict__.values():
+            self.data(value, "")
+
+    def _function_key(self, code: types.CodeType, name: str) -> str:
+        if code.co_name != "<lambda>":
+            return _key(code.co_qualname)
+        return name or f"<lambda {sum(key.startswith('<lambda ') for key in self.found.helpers) + 1}>"
+
+    def klass(self, kind: type) -> None:
+        body = {name: value for name, value in vars(kind).items() if not name.startswith("__")}
+        code_like = (
+            types.FunctionType,
+            type,
+            classmethod,
+            staticmethod,
+            property,
+            types.MemberDescriptorType,
+        )
+        data = {name: body[name] for name in sorted(body) if not isinstance(body[name], code_like)}
+        data = {name: value for name, value in data.items() if name[:1] != "_" or not name.endswith("_")}
+        data.pop("_abc_impl", None)
+        definition = _class_definition(kind)
+        by_value = partial(self._fingerprint, kind)
+        self._add(
+            _key(kind.__qualname__), definition, "" if definition is None else self._state(data), by_value
+        )
+        for base in (*kind.__bases__, type(kind)):
+            self.code(base, base.__name__)
+        for value in vars(kind).values():
+            for part in (value, getattr(value, "__func__", None), *_accessors(value)):
+                if isinstance(part, types.FunctionType):
+                    self._method(part)
+                elif isinstance(part, type):
+                    self.code(part, part.__name__)
+                elif part is value:
+                    self.data(part, "")
+
+    def _method(self, function: types.FunctionType) -> None:
+        """Follow what a method reads; its code is part of its class's."""
+        if id(function) in self._visited:
+            return
+        self._visited[id(function)] = function
+        if function.__globals__ is self._namespace:
+            for name in sorted(_globals_read(function.__code__)):
+                self.name(name)
+        for cell in function.__closure__ or ():
+            self.data(_content(cell), "")
+
+    def data(self, value: Any, name: str, depth: int = 0) -> None:
+        """Look at a value for functions, classes and instances of the notebook and the project."""
+        if isinstance(value, types.FunctionType | type | LruCacheWrapper):
+            self.code(value, name)
+        elif isinstance(value, types.ModuleType):
+            self.module(value)
+        elif isinstance(value, types.MethodType):
+            self.data(value.__func__, name, depth)
+            self.data(type(value.__self__), name, depth)
+        elif isinstance(value, partial):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self.data(part, name, depth)
+        elif type(value) in (list, tuple, set, frozenset, dict):
+            if depth < _SCAN_DEPTH and id(value) not in self._visited:
+                self._visited[id(value)] = value
+                members = list(value.values() if isinstance(value, dict) else value)[:_SCAN_ITEMS]
+                for member in members:
+                    self.data(member, name, depth + 1)
+        elif not hasattr(builtins, type(value).__name__):
+            self.code(type(value), type(value).__name__)
+
+    def module(self, module: types.ModuleType | None) -> None:
+        """Note a module of the project, and those that it stands on."""
+        if module is None or id(module) in self._visited:
+            return
+        self._visited[id(module)] = module
+        path = _project_file(module, self._root)
+        if path is None:
+            return
+        try:
+            source = path.read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
+            return
+        self.found.modules[module.__name__] = code_digest(source)
+        for value in list(vars(module).values()):
+            if isinstance(value, types.ModuleType):
+                self.module(value)
+            else:
+                owner = getattr(value, "__module__", None)
+                owner = owner if isinstance(owner, str) else type(value).__module__
+                self.module(sys.modules.get(owner))
+
+    def _state(self, value: Any) -> str:
+        return self._fingerprint(value)
+
+    def _fingerprint(self, value: Any) -> str:
+        return partial_fingerprint(value, self._namespace)[0]
+
+    def _add(self, key: str, definition: tuple[Definition, str] | None, state: str, by_value: Any) -> None:
+        if key in self.found.helpers:
+            return
+        if definition is None:
+            self.found.helpers[key] = HelperFact(ast=f"value:{by_value()}", state=state)
+        else:
+            node, text = definition
+            self.found.helpers[key] = HelperFact(
+                ast=_node_digest(node), state=state, source=_segment(node, text)
+            )
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _accessors(value: Any) -> tuple[Any, ...]:
+    return (value.fget, value.fset, value.fdel) if isinstance(value, property) else ()
+
+
+def _globals_read(code: types.CodeType) -> set[str]:
+    """Return the global names that compiled code and the code within it mention."""
+    found = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+    }
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _globals_read(constant)
+    return found
+
+
+def _function_definition(code: types.CodeType) -> tuple[Definition, str] | None:
+    """Find the source of compiled code; None where there is none, or it is not its own any more."""
+    text = "".join(linecache.getlines(code.co_filename))
+    tree = _parsed(text) if text else None
+    if tree is None:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.name == code.co_name and _first_line(node) == code.co_firstlineno:
+                return node, text
+        elif (
+            isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) and code.co_name == "<lambda>"
+        ):
+            if node.value.lineno == code.co_firstlineno and isinstance(node.targets[0], ast.Name):
+                return node, text
+    return None
+
+
+def _class_definition(kind: type) -> tuple[Definition, str] | None:
+    """Find the source of a class of the notebook; None where it can't be told which it is.
+
+    A class does not know its file, but its methods do; one without methods is looked for in all cells.
+    """
+    path = tuple(_key(kind.__qualname__).split("."))
+    parts = [
+        part
+        for value in vars(kind).values()
+        for part in (value, getattr(value, "__func__", None), *_accessors(value))
+    ]
+    files = {part.__code__.co_filename for part in parts if isinstance(part, types.FunctionType)}
+    texts = ["".join(linecache.getlines(file)) for file in files]
+    found = [(node, text) for text in filter(None, texts) for node in _definitions_in(text, path)]
+    if not found:
+        cells = [entry for entry in list(linecache.cache.values()) if len(entry) == 4 and entry[1] is None]
+        texts = list(dict.fromkeys("".join(entry[2]) for entry in cells))
+        found = [(node, text) for text in texts for node in _definitions_in(text, path)]
+    classes = [(node, text) for node, text in found if isinstance(node, ast.ClassDef)]
+    return classes[0] if len({_node_digest(node) for node, _ in classes}) == 1 else None
+
+
+def _definitions_in(text: str, path: tuple[str, ...]) -> list[Definition]:
+    tree = _parsed(text)
+    return [] if tree is None else list(_definitions(tree, path))
+
+
+@lru_cache(maxsize=4096)
+def _under_project(file: str, root: Path) -> Path | None:
+    path = Path(file).resolve()
+    if path.suffix != ".py" or not path.is_relative_to(root):
+        return None
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return None
+    own = Path(__file__).resolve().parents[1]
+    for foreign in (own, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()):
+        if foreign != root and foreign.is_relative_to(root) and path.is_relative_to(foreign):
+            return None
+    return None if path.is_relative_to(own) else path
+
+
+def _project_file(module: types.ModuleType, root: Path) -> Path | None:
+    file = getattr(module, "__file__", None)
+    if not isinstance(file, str) or module.__name__ == "__main__":
+        return None
+    return _under_project(file, root)
+
+
+# Without a kernel ------------------------------------------------------------------------------------------
+
+
+def helpers_in_source(sources: Iterable[tuple[str, str]], names: Iterable[str]) -> dict[str, HelperFact]:
+    """Find helpers by name in a notebook's cells, given as (label, transformed source).
+
+    The last definition counts. The `ast` of each is the one that `uses` gives; `state` is "", since nothing
+    runs.
+    """
+    trees = [(label, source, _parsed(source)) for label, source in sources]
+    found: dict[str, HelperFact] = {}
+    for name in names:
+        path = tuple(name.split("."))
+        for label, source, tree in trees:
+            for node in [] if tree is None else _definitions(tree, path):
+                found[name] = HelperFact(
+                    ast=_node_digest(node), state="", source=_segment(node, source), label=label
+                )
+    return found
+
+
+def explain_helper_change(old: HelperFact, new: HelperFact, name: str) -> str:
+    """Say what changed about a helper, e.g. "helper `clean` changed, line 4" (of the helper)."""
+    where = f" ({new.label})" if new.label else ""
+    if old.ast == new.ast:
+        return f"helper `{name}`{where} holds another value (a default, closure or class attribute)"
+    before, after = old.source.splitlines(), new.source.splitlines()
+    for number, (left, right) in enumerate(zip(before, after, strict=False), start=1):
+        if left.split("#")[0].split() != right.split("#")[0].split():
+            return f"helper `{name}` changed{where}, line {number}"
+    if len(before) != len(after) and before and after:
+        return f"helper `{name}` changed{where}, line {min(len(before), len(after)) + 1}"
+    return f"helper `{name}` changed{where}"
