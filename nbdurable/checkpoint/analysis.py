@@ -70,7 +70,6 @@ class _Names(ast.NodeVisitor):
         self.deletes: set[str] = set()
         self.imports: set[str] = set()
         self._sure: set[str] = set()  # bound by now on every path
-        self._branches = 0
         self._scope = _Scope("cell", None)
 
     # Names -------------------------------------------------------------------------------------------------
@@ -94,8 +93,7 @@ class _Names(ast.NodeVisitor):
         else:
             self.stores.add(name)
             self.deletes.discard(name)
-            if not self._branches:
-                self._sure.add(name)
+            self._sure.add(name)
 
     def _delete(self, name: str) -> None:
         scope = self._scope
@@ -154,35 +152,30 @@ class _Names(ast.NodeVisitor):
         with self._maybe():
             self.visit(node.target)
             self._each(node.body)
-            self._each(node.orelse)
+        self._perhaps(node.orelse)
 
     visit_AsyncFor = visit_For
 
-    def visit_While(self, node: ast.While) -> None:
+    def visit_If(self, node: ast.If | ast.While) -> None:
         self.visit(node.test)
-        with self._maybe():
-            self._each(node.body)
-            self._each(node.orelse)
+        self._perhaps(node.body)
+        self._perhaps(node.orelse)
 
-    def visit_If(self, node: ast.If) -> None:
-        self.visit(node.test)
-        with self._maybe():
-            self._each(node.body)
-            self._each(node.orelse)
+    visit_While = visit_If
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
-        with self._maybe():
-            self.generic_visit(node)
+        self.visit(node.test)
+        self._perhaps([node.body])
+        self._perhaps([node.orelse])
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        with self._maybe():
-            self.generic_visit(node)
+        self.visit(node.values[0])
+        self._perhaps(node.values[1:])
 
     def visit_Try(self, node: ast.Try | ast.TryStar) -> None:
-        with self._maybe():
-            self._each(node.body)
-            self._each(node.handlers)
-            self._each(node.orelse)
+        self._perhaps([*node.body, *node.orelse])
+        for handler in node.handlers:
+            self._perhaps([handler])
         self._each(node.finalbody)
 
     visit_TryStar = visit_Try
@@ -196,8 +189,8 @@ class _Names(ast.NodeVisitor):
 
     def visit_Match(self, node: ast.Match) -> None:
         self.visit(node.subject)
-        with self._maybe():
-            self._each(node.cases)
+        for case in node.cases:
+            self._perhaps([case])
 
     def visit_MatchAs(self, node: ast.MatchAs | ast.MatchStar) -> None:
         if node.name:
@@ -306,6 +299,10 @@ class _Names(ast.NodeVisitor):
     def _maybe(self) -> _Maybe:
         return _Maybe(self)
 
+    def _perhaps(self, nodes: Iterable[ast.AST]) -> None:
+        with self._maybe():
+            self._each(nodes)
+
     def _each(self, nodes: Iterable[ast.AST]) -> None:
         for node in nodes:
             self.visit(node)
@@ -343,16 +340,16 @@ class _Within:
 
 
 class _Maybe:
-    """Code that may not run: what it binds is not surely bound afterwards, but is for what follows inside."""
+    """Code that may not run: what it binds is surely bound inside, but not afterwards."""
 
     def __init__(self, names: _Names) -> None:
         self._names = names
 
     def __enter__(self) -> None:
-        self._names._branches += 1
+        self._before = set(self._names._sure)
 
     def __exit__(self, *_: object) -> None:
-        self._names._branches -= 1
+        self._names._sure &= self._before
 
 
 def _arguments(arguments: ast.arguments) -> Iterator[ast.arg]:
@@ -362,10 +359,13 @@ def _arguments(arguments: ast.arguments) -> Iterator[ast.arg]:
 
 def _parse_lenient(source: str) -> ast.Module | None:
     """Parse a magic's body, in which lines may be magics or shell commands; None if it is not Python."""
-    lines = [
-        f"{line[: len(line) - len(line.lstrip())]}pass" if line.lstrip().startswith(("%", "!")) else line
-        for line in source.splitlines()
-    ]
+    lines = []
+    for line in source.splitlines():
+        code = line.lstrip()
+        if code.startswith(("%", "!")):
+            magic, _, rest = code.removeprefix("%").partition(" ")
+            line = line[: len(line) - len(code)] + (rest.strip() if magic in _LINE_MAGICS else "pass")
+        lines.append(line)
     try:
         return ast.parse("\n".join(lines))
     except (SyntaxError, ValueError):
@@ -538,9 +538,9 @@ class _Search:
             name: value for name, value in closure.items() if not isinstance(value, types.FunctionType | type)
         }
         state = self._state([function.__defaults__, function.__kwdefaults__, data])
-        self._add(
-            self._function_key(code, name), _function_definition(code), state, lambda: code_bytes(code).hex()
-        )
+        definition = _function_definition(code)
+        if definition is not None or code.co_filename != "<string>":  # else a decorator of a package made it
+            self._add(self._function_key(code, name), definition, state, lambda: code_bytes(code).hex())
         for value in (
             *closure.values(),
             *(function.__defaults__ or ()),
@@ -690,13 +690,18 @@ def _function_definition(code: types.CodeType) -> tuple[Definition, str] | None:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if node.name == code.co_name and _first_line(node) == code.co_firstlineno:
+            if (node.name, _first_line(node)) == (code.co_name, code.co_firstlineno):
                 return node, text
-        elif (
-            isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) and code.co_name == "<lambda>"
-        ):
-            if node.value.lineno == code.co_firstlineno and isinstance(node.targets[0], ast.Name):
-                return node, text
+        elif code.co_name == "<lambda>" and (made := _named_lambda(node)) is not None:
+            if made.lineno == code.co_firstlineno:
+                return made, text
+    return None
+
+
+def _named_lambda(node: ast.AST) -> ast.Assign | None:
+    """Return the statement `name = lambda …`, if it is one."""
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+        return node if isinstance(node.targets[0], ast.Name) else None
     return None
 
 
