@@ -147,8 +147,8 @@ class LeaseRun(Shape):
 class LeaseWork(Shape):
     """Ask for queued headless runs, as a worker; held until there is one or `hold_s` is over.
 
-    `holding`: the runs that the worker executes now. A run leased to it that is not among them (the answer was
-    lost) is given to it again.
+    `holding`: the runs that the worker executes now. A run leased to it that is not among them (the answer
+    was lost) is given to it again.
     """
 
     driver: Driver

@@ -85,8 +85,9 @@ MOVES: dict[tuple[RunStatus, Happening], Move] = {
 }
 
 _TODO = {
-    Happening.RESUME: "only a paused, failed or cancelled run can be resumed; `nbdurable show RUN` says what it does now",
+    Happening.RESUME: "only a paused, failed or cancelled run can be resumed; `nbdurable show RUN` says more",
     Happening.CANCEL: "a run that has ended can't be cancelled",
+    Happening.LEASE: "`nbdurable resume RUN` lets it go on; `%durable new` starts another run",
 }
 
 
@@ -120,7 +121,11 @@ def mermaid() -> str:
     edges: dict[tuple[RunStatus, RunStatus], list[str]] = {}
     for (status, happening), found in MOVES.items():
         edges.setdefault((status, found.to), []).append(happening.value)
-    lines = ["stateDiagram-v2", f"    [*] --> {RunStatus.QUEUED}: headless", f"    [*] --> {RunStatus.RUNNING}: interactive"]
+    lines = [
+        "stateDiagram-v2",
+        f"    [*] --> {RunStatus.QUEUED}: headless",
+        f"    [*] --> {RunStatus.RUNNING}: interactive",
+    ]
     lines += [f"    {a} --> {b}: {', '.join(labels)}" for (a, b), labels in edges.items()]
     lines += [f"    {status} --> [*]" for status in RunStatus if status.is_final]
     return "\n".join(lines)

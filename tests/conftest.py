@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nbdurable.settings import Home
 
+from nbdurable.settings import Home
 from tests.tools.processes import Coordinator, end_processes_of
 
 

@@ -14,7 +14,7 @@ from nbdurable.settings import Home
 
 
 def main() -> int:
-    """Serve until the end; the reason for not starting is the last line of the log, for the client to read."""
+    """Serve until the end; why it did not start is the last line of its log, for the client to read."""
     parser = argparse.ArgumentParser(
         prog="python -m nbdurable.coordinator", description="The coordinator of a project."
     )

@@ -1,7 +1,8 @@
 """The coordinator's HTTP: `contract.ENDPOINTS` served by an engine's handlers.
 
-Owns parsing, the check of token and version, errors as JSON, the OpenAPI document and its page; decides nothing.
-Handlers take the raw request and return raw bytes: validation by FastAPI would cost as much as the rest of a call.
+Owns parsing, the check of token and version, errors as JSON, the OpenAPI document and its page; decides
+nothing. Routes take the raw request and return raw bytes: FastAPI's own validation would cost as much as the
+rest of a call.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class _Guard:
             if version not in (None, __version__) and scope["path"] != contract.SHUTDOWN.path:
                 raise WrongVersion(
                     f"this client is nbdurable {version}, the coordinator is {__version__}",
-                    todo="`nbdurable down` ends the coordinator; the next command starts one of its own version",
+                    todo="`nbdurable down` ends it; the next command starts one of its own version",
                 )
         except DurableError as error:
             await _refusal(error)(scope, receive, send)
@@ -102,22 +103,20 @@ def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Callable[[Request]
         try:
             if posted:
                 fields = from_json(await request.body() or b"{}")
-                if not isinstance(fields, dict):
-                    raise UsageError("the question is not a JSON object", todo="see /openapi.json")
             else:
                 fields = {name: value or None for name, value in request.query_params.items()}
-            answer = await handler(question.model_validate(fields | request.path_params))
-        except DurableError as error:
-            return _refusal(error)
+            asked = question.model_validate(fields | request.path_params)
         except ValidationError as error:
             return _refusal(_misfit(endpoint, error))
-        except ValueError as error:  # from_json
-            return _refusal(UsageError(f"the question is not JSON: {error}", todo="see /openapi.json"))
+        except (ValueError, TypeError) as error:  # no JSON, or no object
+            return _refusal(UsageError(f"the question is no JSON object: {error}", todo="see /openapi.json"))
+        try:
+            answer = await handler(asked)
+        except DurableError as error:
+            return _refusal(error)
         except Exception as error:
             _log.exception("%s %s", endpoint.method, endpoint.path)
-            return _refusal(
-                DurableError(f"the coordinator met an error of its own: {error!r}", todo="see its log")
-            )
+            return _refusal(DurableError(f"an error of the coordinator's own: {error!r}", todo="see its log"))
         return Response(answer.__pydantic_serializer__.to_json(answer), media_type="application/json")
 
     return route
@@ -211,9 +210,10 @@ def _page(document: dict[str, Any]) -> str:
     return (
         "<!doctype html><meta charset='utf-8'><title>nbdurable coordinator</title>"
         "<style>body{font:15px/1.5 system-ui;max-width:70rem;margin:2rem auto;padding:0 1rem}"
-        "td,th{text-align:left;padding:.2rem .8rem .2rem 0;vertical-align:top}td:first-child{font-family:monospace}</style>"
+        "td,th{text-align:left;padding:.2rem .8rem .2rem 0;vertical-align:top}"
+        "td:first-child{font-family:monospace}</style>"
         f"<h1>nbdurable coordinator {html.escape(document['info']['version'])}</h1>"
-        "<p>Every request carries <code>Authorization: Bearer TOKEN</code>; the document is /openapi.json.</p>"
+        "<p>Every request carries <code>Authorization: Bearer TOKEN</code>. Document: /openapi.json.</p>"
         "<table><tr><th>call<th>what<th>question<th>answer</tr>"
         + "".join(f"<tr>{row}</tr>" for row in rows)
         + "</table><h2>Shapes</h2>"

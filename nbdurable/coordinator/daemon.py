@@ -218,7 +218,7 @@ def _forget(home: Home) -> None:
 
 
 def _backup_if_due(home: Home, store: Store) -> None:
-    """Back the store up where the last copy is a day old; a failure is logged, since the store itself is whole."""
+    """Back the store up where the last copy is a day old; a failure is logged: the store itself is whole."""
     with contextlib.suppress(FileNotFoundError):
         newest = max((copy.stat().st_mtime for copy in home.backups.iterdir()), default=0.0)
         if time.time() - newest < _BACKUP_EVERY_S:

@@ -1,8 +1,8 @@
 """What the coordinator does: answers each question of the contract, and acts when time passes (`tick`).
 
-Owns the state of open runs in memory, rebuilt from the store at start. Every move is checked, made durable with
-the sentence that tells why, then applied to memory, then answered. Knows nothing of HTTP, and never imports
-the runner.
+Owns the state of open runs in memory, rebuilt from the store at start. Every move is checked, made durable
+with the sentence that tells why, then applied to memory, then answered. Knows nothing of HTTP, and never
+imports the runner.
 """
 
 from __future__ import annotations
@@ -106,7 +106,6 @@ class Engine:
         self._waits: dict[str, Wait] = {}  # open ones
         self._waits_of: dict[str, set[str]] = {}  # run id → ids of its open waits
         self._timers: dict[str, float] = {}  # wait id → when it is over
-        self._worker_idle_since: dict[ProcessIdentity, float] = {}
         self._stopping = False
         self._rebuild()
 
@@ -271,7 +270,7 @@ class Engine:
         live.run = run
         if run.driver is None:
             if live.lease is not None:
-                self._worker_idle_since[live.lease.driver.process] = self._clock.elapsed()
+                self._workers.worked(live.lease.driver.process)
             live.lease = None
         elif live.lease is None or live.lease.driver is not run.driver:
             live.lease = self._new_lease(run.driver)
@@ -410,7 +409,9 @@ class Engine:
     async def cancel_run(self, wanted: contract.ByRun) -> Run:
         async with self._locked(await self._resolve(wanted.run_id)) as live:
             run = live.run
-            if run.cancel_requested or run.status is RunStatus.CANCELLED:
+            if run.status is RunStatus.CANCELLED or (
+                run.status is RunStatus.RUNNING and run.cancel_requested
+            ):
                 return run  # asked for before
             happening = lifecycle.cancellation(run.status, run.driver.kind if run.driver else run.kind)
             if happening is Happening.REQUEST_CANCEL:
@@ -470,7 +471,6 @@ class Engine:
     async def lease_work(self, wanted: contract.LeaseWork) -> contract.Work:
         worker = wanted.driver.process
         self._workers.polled(worker)
-        idle_since = self._worker_idle_since.setdefault(worker, self._clock.elapsed())
         deadline = _deadline(wanted.hold_s)
         while True:
             queued = self._queued.next()
@@ -479,29 +479,26 @@ class Engine:
                 leased = await self._hand_out(wanted)
             if leased:
                 return contract.Work(runs=tuple(leased))
-            busy = any(
-                live.lease is not None and live.lease.driver.process == worker for live in self._runs.values()
-            )
-            idle_s = self._clock.elapsed() - max(idle_since, self._worker_idle_since.get(worker, idle_since))
-            if not busy and (self._stopping or idle_s >= self._settings.idle_exit_s):
+            idle = self._workers.idle_s(worker) >= self._settings.idle_exit_s
+            if (idle or self._stopping) and not self._leased_to(worker):
                 self._workers.dismissed(worker)
-                self._worker_idle_since.pop(worker, None)
                 return contract.Work(runs=(), stop=True)
-            if self._stopping or not await self._hold(queued, deadline, at_most_s=self._settings.idle_exit_s):
+            if not await self._hold(queued, deadline, at_most_s=max(0.05, self._settings.idle_exit_s)):
                 return contract.Work(runs=())
+
+    def _leased_to(self, worker: ProcessIdentity) -> list[str]:
+        return [
+            run_id
+            for run_id, live in self._runs.items()
+            if live.lease is not None and live.lease.driver.process == worker
+        ]
 
     async def _hand_out(self, wanted: contract.LeaseWork) -> list[Run]:
         """Lease queued runs to a worker, up to its slots; those that it never heard of come first."""
         leased: list[Run] = []
         worker, reason = wanted.driver.process, f"{_label(wanted.driver)} executes it"
         if wanted.holding is not None:
-            unheard = [
-                run_id
-                for run_id, live in self._runs.items()
-                if live.lease is not None
-                and live.lease.driver.process == worker
-                and run_id not in wanted.holding
-            ]
+            unheard = [run_id for run_id in self._leased_to(worker) if run_id not in wanted.holding]
             for run_id in unheard[: wanted.slots]:
                 async with self._locked(run_id) as live:
                     if live.lease is not None and live.lease.driver.process == worker:
@@ -872,9 +869,10 @@ class Engine:
             await self._tell_trouble()
 
     async def _time_over(self, wait_id: str) -> None:
-        async with self._locked(self._waits[wait_id].run_id) as live:
-            wait = self._waits.get(wait_id)
-            if wait is not None:
+        if (wait := self._waits.get(wait_id)) is None:
+            return  # cancelled while others were seen to
+        async with self._locked(wait.run_id) as live:
+            if (wait := self._waits.get(wait_id)) is not None:
                 answer = WaitAnswer(approved=True, value=wait.value, by="timer", at=self._clock.now())
                 await self._settle(live, wait, answer, "timer")
 

@@ -37,33 +37,40 @@ class WorkerPool:
         self._clock = clock
         self._start = start
         self._note = home.root / "worker.json"  # so that the next coordinator knows this one's worker
-        self._known: set[ProcessIdentity] = set()
-        self._leaving: set[ProcessIdentity] = set()
+        self._known: dict[ProcessIdentity, float] = {}  # since when it has had nothing to do
         self._child: subprocess.Popen[bytes] | None = None
         self._child_polled = False
         self._failures = 0
         self._not_before = 0.0
         self.trouble: str | None = None  # what keeps workers from living, in a sentence
         with contextlib.suppress(OSError, ValueError):
-            self._known.add(ProcessIdentity.model_validate_json(self._note.read_text(encoding="utf-8")))
+            worker = ProcessIdentity.model_validate_json(self._note.read_text(encoding="utf-8"))
+            self._known[worker] = clock.elapsed()
 
     def polled(self, worker: ProcessIdentity) -> None:
         """Note that a worker asks for work."""
-        self._known.add(worker)
-        self._leaving.discard(worker)
+        self._known.setdefault(worker, self._clock.elapsed())
         self.trouble, self._failures = None, 0
         if self._child is not None and worker.pid == self._child.pid:
             self._child_polled = True
 
+    def worked(self, worker: ProcessIdentity) -> None:
+        """Note that a driver had something to do until now; of others than workers nothing is kept."""
+        if worker in self._known:
+            self._known[worker] = self._clock.elapsed()
+
+    def idle_s(self, worker: ProcessIdentity) -> float:
+        """Return for how long a worker has had nothing to do."""
+        return self._clock.elapsed() - self._known.get(worker, self._clock.elapsed())
+
     def dismissed(self, worker: ProcessIdentity) -> None:
-        """Note that a worker was told to end."""
-        self._leaving.add(worker)
+        """Note that a worker was told to end: while it does, another may be started."""
+        self._known.pop(worker, None)
 
     def alive(self) -> int:
         """Return how many workers live that were not told to end."""
-        self._known = {worker for worker in self._known if processes.is_alive(worker)}
-        self._leaving &= self._known
-        return len(self._known - self._leaving)
+        self._known = {worker: since for worker, since in self._known.items() if processes.is_alive(worker)}
+        return len(self._known)
 
     def provide(self) -> None:
         """Start a worker if none lives, unless the last ones died at once a short while ago."""
@@ -81,7 +88,7 @@ class WorkerPool:
         self._child, self._child_polled = child, False
         with contextlib.suppress(ProcessLookupError):  # dead already: seen at the next look
             worker = processes.identity("worker", child.pid)
-            self._known.add(worker)
+            self._known[worker] = self._clock.elapsed()
             draft = self._note.with_suffix(".draft")
             draft.write_text(worker.model_dump_json(), encoding="utf-8")
             draft.replace(self._note)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import psutil
+
 from nbdurable.client import Client
 from nbdurable.settings import Home
 
@@ -27,7 +28,7 @@ def until(found: Callable[[], Any], *, what: str, deadline_s: float = DEADLINE_S
 
 
 def processes_of(home: Home) -> list[psutil.Process]:
-    """Return the living processes that were started for this home: coordinator, workers, executors, kernels."""
+    """Return the living processes of this home: coordinator, workers, executors, kernels."""
     found = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
