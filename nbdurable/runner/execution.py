@@ -48,7 +48,11 @@ class Outcome:
 
 @dataclass
 class Assignment:
-    """A run of the coordinator, as the engine needs it; `outcome` is set when the engine is through."""
+    """A run of the coordinator, as the engine needs it.
+
+    `stop`: set to stop before the next cell. `disowned`: set when the output is somebody else's to write.
+    `outcome` is set by the engine when it is through.
+    """
 
     run: Run
     kernel: Kernel
@@ -56,6 +60,7 @@ class Assignment:
     log: TextIO
     steps: Callable[[], Sequence[Step]]
     stop: Event = field(default_factory=Event)
+    disowned: Event = field(default_factory=Event)
     outcome: Outcome | None = None
 
 
@@ -220,7 +225,7 @@ class Record(NotebookExecutionManager):  # type: ignore[misc]
         """Replace the output notebook as a whole, durably."""
         self._changed = False
         self._written_at = time.monotonic()
-        if self.output_path is None:
+        if self.output_path is None or (self._assignment is not None and self._assignment.disowned.is_set()):
             return
         if "://" in self.output_path:  # papermill's S3, GCS, …: whole by themselves
             super().save()
