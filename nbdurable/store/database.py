@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import duckdb
@@ -41,7 +42,8 @@ _DAMAGED = (
     "not a valid DuckDB database",
     "Serialization",
     "deserialize",
-    "WAL",
+    "WAL file",
+    "WAL was created",
     "INTERNAL",
 )
 
@@ -66,16 +68,21 @@ class Database:
         self._gate = threading.Condition()
         self._root: Any = None
         home.create()
-        self._draft.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (home.backups, self._draft):
+            folder.mkdir(mode=0o700, exist_ok=True)
         if not home.store.exists():
             self._create()
         with self._explained():
             version = self._inspect()
         self._root = self._open()
         if waiting := all_migrations()[version:]:
-            self.backup()
-            with self._explained():
-                _migrate(self._root, waiting, self._clock())
+            try:
+                self.backup()
+                with self._explained():
+                    _migrate(self._root, waiting, self._clock())
+            except BaseException:
+                self.close()
+                raise
 
     # Connections -------------------------------------------------------------------------------------------
 
@@ -85,7 +92,7 @@ class Database:
         with self._gate:
             self._gate.wait_for(lambda: not self._reopening)
             if self._root is None:
-                raise StoreError(f"{self._home.store} is closed")
+                raise StoreError(f"{self._home.store} is closed", todo="open it again")
             cursor = self._root.cursor()
             self._readers += 1
         try:
@@ -133,8 +140,12 @@ class Database:
 
     def checkpoint(self) -> None:
         """Write the WAL into the file, unless a reader is in the way."""
-        with suppress(duckdb.TransactionException):
-            self._root.execute("CHECKPOINT")
+        try:
+            self.writer.execute("CHECKPOINT")
+        except duckdb.TransactionException:
+            pass  # it is tried again after the next pause
+        except duckdb.Error:
+            self.mend()  # a checkpoint that fails makes DuckDB give the file up; everything is in the WAL
 
     @property
     def wal_bytes(self) -> int:
@@ -254,7 +265,7 @@ class Database:
                 f"{store} is damaged: {_first_line(text)}",
                 todo=f"it was left as it is. {_way_back(self._home)}",
             )
-        return StoreError(f"{store} can't be used: {_first_line(text)}", todo="")
+        return StoreError(f"an operation on {store} failed: {_first_line(text)}")
 
 
 def backups(home: Home) -> list[Path]:
@@ -263,13 +274,15 @@ def backups(home: Home) -> list[Path]:
 
 
 def _way_back(home: Home) -> str:
-    store = home.store
-    away = " && ".join(f"mv {path} {path}.damaged" for path in (store, _wal(store)) if path.exists())
-    away = f"{away} && " if away else ""
+    """Return the commands that put the newest backup in the store's place, and keep what was there."""
+    present = [path for path in (home.store, _wal(home.store)) if path.exists()]
+    commands = [f"mv {quote(str(path))} {quote(f'{path}.damaged')}" for path in present]
     newest = backups(home)
     if not newest:
-        return f"There is no backup in {home.backups}. To begin with an empty store: `{away}nbdurable up`"
-    return f"The newest backup is {newest[0]}. To go back to it: `{away}cp {newest[0]} {store}`"
+        line = " && ".join([*commands, "nbdurable up"])
+        return f"There is no backup in {home.backups}. To begin with an empty store: `{line}`"
+    line = " && ".join([*commands, f"cp {quote(str(newest[0]))} {quote(str(home.store))}"])
+    return f"The newest backup is {newest[0]}. To go back to it: `{line}`"
 
 
 def _migrate(connection: Any, migrations: list[Migration], now: float) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
 from datetime import time as time_of_day
@@ -143,7 +143,8 @@ class DuckDBStore:
                 if group:
                     break
                 if self._database.wal_bytes > IDLE_CHECKPOINT_BYTES:
-                    self._database.checkpoint()
+                    with suppress(StoreError):  # the next submission hears of it
+                        self._database.checkpoint()
                 continue
             if submission is None:
                 return group, False
@@ -196,27 +197,35 @@ class DuckDBStore:
         fault_point("store-committed")
 
     def _survived(self, group: list[_Submission]) -> bool:
-        """Make the connection usable again, and tell whether the failed group is on disk all the same."""
-        seqs = [row[0] for submission in group for row in submission.events]
+        """Make the connection usable again, and tell whether the failed group is on disk all the same.
+
+        It is where a checkpoint after the commit ran out of space. A transaction is whole, so one row tells.
+        """
         try:
             self._database.mend()
-            return bool(seqs) and bool(self._rows("has_seq", (seqs[0],))[0][0])
-        except StoreError:
+            for submission in group:
+                for event in submission.events:
+                    return bool(self._rows("has_seq", event[:1])[0][0])
+                for name, rows in (("run", submission.runs), ("wait", submission.waits)):
+                    for row in rows[-1:]:
+                        return self._rows(name, row[:1]) == [(row[-1],)]
+        except Exception:
             return False
+        return False
 
     # Reading -----------------------------------------------------------------------------------------------
 
     def open_runs(self) -> list[Run]:
         """Return the runs that are not final, oldest first."""
-        return self._runs("open_runs", final=_FINAL)
+        return self._runs("open_runs", {"final": _FINAL})
 
     def open_waits(self) -> list[Wait]:
         """Return the waits that nobody has answered, oldest first."""
-        return self._waits("open_waits", open=WaitStatus.OPEN.value)
+        return self._waits("open_waits", {"open": WaitStatus.OPEN.value})
 
     def run(self, run_id: str) -> Run | None:
         """Return a run by its whole id."""
-        return _only(self._runs("run", run_id=run_id))
+        return _only(self._runs("run", (run_id,)))
 
     def runs_matching(self, fragment: str) -> list[str]:
         """Return ids (at most 10, newest first) that begin or end with `fragment`."""
@@ -224,15 +233,12 @@ class DuckDBStore:
 
     def run_with_key(self, idempotency_key: str, since: float) -> Run | None:
         """Return the first run created with the key at or after `since`, but no failed or cancelled one."""
-        return _only(
-            self._runs(
-                "run_with_key", idempotency_key=idempotency_key, since=timestamp(since), released=_RELEASED
-            )
-        )
+        key = {"idempotency_key": idempotency_key, "since": timestamp(since), "released": _RELEASED}
+        return _only(self._runs("run_with_key", key))
 
     def runs(self, wanted: ListRuns) -> list[Run]:
         """Return runs that match, newest first."""
-        return self._runs("runs", **wanted.model_dump(mode="json"))
+        return self._runs("runs", wanted.model_dump(mode="json"))
 
     def events(self, run_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
         """Return a run's events with numbers above `after`, in order; times are true to the microsecond."""
@@ -251,11 +257,11 @@ class DuckDBStore:
 
     def wait(self, wait_id: str) -> Wait | None:
         """Return a wait by its id."""
-        return _only(self._waits("wait", wait_id=wait_id))
+        return _only(self._waits("wait", (wait_id,)))
 
     def waits(self, wanted: ListWaits) -> list[Wait]:
         """Return waits that match, oldest first."""
-        return self._waits("waits", **wanted.model_dump(mode="json"))
+        return self._waits("waits", wanted.model_dump(mode="json"))
 
     def query(self, wanted: Query) -> Table:
         """Run one SELECT of a person, read only, for at most 30 s.
@@ -292,10 +298,10 @@ class DuckDBStore:
             rows: list[_Row] = cursor.execute(_SQL[name], parameters).fetchall()
             return rows
 
-    def _runs(self, name: str, **parameters: Any) -> list[Run]:
+    def _runs(self, name: str, parameters: Any) -> list[Run]:
         return [Run.model_validate_json(body) for (body,) in self._rows(name, parameters)]
 
-    def _waits(self, name: str, **parameters: Any) -> list[Wait]:
+    def _waits(self, name: str, parameters: Any) -> list[Wait]:
         return [Wait.model_validate_json(body) for (body,) in self._rows(name, parameters)]
 
     # The end -----------------------------------------------------------------------------------------------

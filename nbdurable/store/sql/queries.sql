@@ -51,7 +51,7 @@ SELECT body FROM runs WHERE NOT list_contains($final, status) ORDER BY id
 SELECT body FROM waits WHERE status = $open ORDER BY created_at, id
 
 -- name: run
-SELECT body FROM runs WHERE id = $run_id
+SELECT body FROM runs WHERE id = $1
 
 -- name: runs_matching
 SELECT id FROM runs WHERE starts_with(id, $fragment) OR ends_with(id, $fragment) ORDER BY id DESC LIMIT 10
@@ -84,7 +84,7 @@ SELECT run_id, step, status, seq, epoch_us(committed_at) / 1e6, manifest, signat
 WHERE run_id = $run_id AND step = $step
 
 -- name: wait
-SELECT body FROM waits WHERE id = $wait_id
+SELECT body FROM waits WHERE id = $1
 
 -- name: waits
 SELECT body FROM waits
