@@ -83,10 +83,10 @@ def test_search_finds_the_package_that_knows(library: dict[str, Any], question: 
 
 def test_words_used_alike_are_learned_from_the_corpus(library: dict[str, Any]) -> None:
     """A search for one word reaches texts that only use its kin: nobody wrote a list of synonyms."""
-    assert library["stem"]("executing") == library["stem"]("execution") == library["stem"]("executes")
-    assert library["stem"]("lock") in library["kindred"](
-        library["index"], library["stem"]("acquire"), limit=8, least=0.3
-    )
+    stem = library["stem"]
+    assert stem("executing") == stem("execution") == stem("executes")
+    for word, kin in [("kill", "terminate"), ("child", "parent"), ("notebook", "execute")]:
+        assert stem(kin) in library["kindred"](library["index"], stem(word))
 
 
 def test_the_report_says_only_what_the_sources_say(ask: Any) -> None:
