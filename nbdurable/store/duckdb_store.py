@@ -65,7 +65,7 @@ class _Submission:
 class DuckDBStore:
     """`port.Store` on one DuckDB file; made by `open`.
 
-    `commits` counts the transactions that reached the disk.
+    `commits` counts the transactions that DuckDB reported as committed.
     """
 
     def __init__(self, home: Home, clock: Callable[[], float]) -> None:

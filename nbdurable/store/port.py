@@ -1,8 +1,8 @@
 """The store's port: what the coordinator asks of whatever keeps its state and history.
 
-Owns the shapes `Changes`, `NewEvent` and the protocol `Store`; knows no SQL. The history (`events`) is append-only
-and carries each checkpoint's manifest; the rows of runs and waits are replaced by their newest version in the same
-transaction as the event that tells why. Steps have no rows: they are a fold of the run's events.
+Owns the shapes `Changes`, `NewEvent` and the protocol `Store`; knows no SQL. The history (`events`) is
+append-only and carries each checkpoint's manifest; the rows of runs and waits are replaced by their newest
+version in the same transaction as the event that tells why. Steps have no rows: they are a fold of the run's events.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Ticket:
 class Store(Protocol):
     """Keeps everything. Thread-safe. Submissions become durable in the order in which they were made.
 
-    If a transaction fails, its submissions' futures raise StoreFull or StoreError and nothing of them is kept.
+    Where one can't be written, its future raises StoreFull or StoreError, and nothing of it is kept.
     """
 
     def submit(self, changes: Changes) -> Ticket: ...
@@ -69,7 +69,7 @@ class Store(Protocol):
         """Return ids (at most 10, newest first) that begin or end with `fragment`."""
 
     def run_with_key(self, idempotency_key: str, since: float) -> Run | None:
-        """Return the first run created with the key at or after `since`, failed and cancelled ones left out."""
+        """Return the first run created with the key at or after `since`, but no failed or cancelled one."""
 
     def runs(self, wanted: ListRuns) -> list[Run]: ...
 

@@ -68,7 +68,7 @@ def put(store: Store, *events: object, runs: object = (), waits: object = ()) ->
     return ticket.seqs
 
 
-# Submissions -------------------------------------------------------------------------------------------------
+# Submissions ----------------------------------------------------------------------------------------------
 
 
 def test_acknowledged_changes_are_visible_to_every_reader(store: Store) -> None:
@@ -183,7 +183,7 @@ def test_submissions_of_many_threads_are_all_kept_each_threads_in_order(store: S
 
 
 def test_closing_writes_what_was_submitted_and_can_be_repeated(reopen: Opener) -> None:
-    """Guarantee 3: `close`, from several threads at once, loses nothing; afterwards the store says it is closed."""
+    """Guarantee 3: `close`, from several threads at once, loses nothing; then the store says it is closed."""
     store = reopen()
     tickets = [store.submit(Changes([event()])) for _ in range(100)]
     threads = [threading.Thread(target=store.close) for _ in range(3)]
@@ -211,7 +211,7 @@ def test_closing_writes_what_was_submitted_and_can_be_repeated(reopen: Opener) -
 def test_any_history_reads_as_a_dictionary_and_a_list_would(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, RunStatus, str, bool]]
 ) -> None:
-    """Guarantees 3 and 10: whatever is submitted, with openings in between, runs are a dict and events a list."""
+    """Guarantees 3 and 10: whatever is submitted, over several openings: runs are a dict, events a list."""
     for opener in STORES.values():
         home = Home(tmp_path_factory.mktemp("history") / ".nbdurable")
         store = opener(home)
@@ -239,7 +239,7 @@ def test_any_history_reads_as_a_dictionary_and_a_list_would(
             store.close()
 
 
-# Runs --------------------------------------------------------------------------------------------------------
+# Runs -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_comes_back_as_it_was_given(store: Store) -> None:
@@ -346,7 +346,7 @@ def test_an_idempotency_key_returns_its_first_living_run(store: Store) -> None:
     assert store.run_with_key("other", 0) is None
 
 
-# Events and checkpoints --------------------------------------------------------------------------------------
+# Events and checkpoints -----------------------------------------------------------------------------------
 
 
 def test_an_event_comes_back_as_it_was_given(store: Store) -> None:
@@ -416,7 +416,7 @@ def test_the_latest_checkpoint_of_each_step_in_order_of_commitment(store: Store)
     assert [store.checkpoint(run_id(1), step) for step in "acb"] == found
 
 
-# Waits -------------------------------------------------------------------------------------------------------
+# Waits ----------------------------------------------------------------------------------------------------
 
 
 def test_waits_are_listed_oldest_first_by_run_status_and_kind(store: Store) -> None:
@@ -437,7 +437,7 @@ def test_waits_are_listed_oldest_first_by_run_status_and_kind(store: Store) -> N
     assert store.wait("C00000") == answered
 
 
-# Questions ---------------------------------------------------------------------------------------------------
+# Questions ------------------------------------------------------------------------------------------------
 
 
 def test_a_query_sees_what_was_acknowledged_and_says_when_it_stops_short(store: Store) -> None:

@@ -59,7 +59,7 @@ def digests(home: Home) -> dict[str, str]:
     }
 
 
-# Groups ------------------------------------------------------------------------------------------------------
+# Groups ---------------------------------------------------------------------------------------------------
 
 
 def together(store: DuckDBStore, submissions: list[Changes]) -> list[Ticket]:
@@ -139,7 +139,7 @@ def test_a_store_can_be_closed_from_the_callback_of_a_submission(home: Home) -> 
     DuckDBStore.open(home).close()
 
 
-# People's SQL ------------------------------------------------------------------------------------------------
+# People's SQL ---------------------------------------------------------------------------------------------
 
 
 def test_steps_are_a_view_of_the_history(store: DuckDBStore) -> None:
@@ -172,8 +172,8 @@ def test_steps_are_a_view_of_the_history(store: DuckDBStore) -> None:
 def test_values_of_a_query_are_json(store: DuckDBStore) -> None:
     """Every type of DuckDB's that people meet has one plain JSON form."""
     sql = """
-        SELECT DATE '2026-11-22', TIME '10:00:00', 1.5::DECIMAL(4, 1), 'ab'::BLOB, INTERVAL 90 SECOND, [1, NULL],
-            {'a': DATE '2026-11-22'}, MAP {1: 'x'}, 'nan'::DOUBLE, 2::HUGEINT ** 70,
+        SELECT DATE '2026-11-22', TIME '10:00:00', 1.5::DECIMAL(4, 1), 'ab'::BLOB, INTERVAL 90 SECOND,
+            [1, NULL], {'a': DATE '2026-11-22'}, MAP {1: 'x'}, 'nan'::DOUBLE, 2::HUGEINT ** 70,
             '0199f3c2-0000-7000-8000-000000000000'::UUID, true
     """
     (row,) = store.query(Query(sql=sql)).rows
@@ -250,7 +250,7 @@ def test_a_query_that_takes_too_long_is_ended(store: DuckDBStore, monkeypatch: p
         store.query(Query(sql="SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b"))
 
 
-# Copies ------------------------------------------------------------------------------------------------------
+# Copies ---------------------------------------------------------------------------------------------------
 
 
 def test_a_backup_is_a_store(home: Home, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_three_backups_are_kept_and_what_a_crash_left_is_cleared(home: Home) -> 
     assert stat.S_IMODE(home.backups.stat().st_mode) == 0o700 or os.name == "nt"
 
 
-# Stores that can't be used -----------------------------------------------------------------------------------
+# Stores that can't be used --------------------------------------------------------------------------------
 
 
 def flipped(position: float) -> Callable[[bytes], bytes]:
@@ -459,7 +459,7 @@ def test_errors_of_duckdb_have_a_name(store: DuckDBStore, text: str, kind: type[
     assert type(store._database.explain(duckdb.IOException(text))) is kind
 
 
-# Migrations --------------------------------------------------------------------------------------------------
+# Migrations -----------------------------------------------------------------------------------------------
 
 
 def schema(connection: Any) -> list[Any]:
@@ -479,7 +479,7 @@ def schema(connection: Any) -> list[Any]:
 
 
 def test_a_fresh_store_is_what_the_migrations_make_one_by_one(home: Home, tmp_path: Path) -> None:
-    """Guarantee 3 over versions: 0001 and all after it, each in a session of its own, end in a fresh store's schema."""
+    """Guarantee 3 over versions: 0001 and those after it, one by one, end in a fresh store's schema."""
     DuckDBStore.open(home).close()
     by_hand = tmp_path / "store.duckdb"
     for migration in all_migrations():

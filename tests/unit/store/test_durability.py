@@ -99,7 +99,7 @@ def test_a_crash_at_a_fault_point_leaves_the_group_whole_or_absent(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 def test_a_full_disk_refuses_with_its_name_and_work_goes_on_once_there_is_space(tmp_path: Path) -> None:
-    """Guarantees 3 and 11: refused commits say StoreFull and are absent, the others are all there afterwards."""
+    """Guarantees 3 and 11: refused commits say StoreFull and are absent, the others are all there."""
     home = Home(tmp_path / ".nbdurable")
     with writing(home, "full") as process:
         assert process.stdout is not None
@@ -114,6 +114,24 @@ def test_a_full_disk_refuses_with_its_name_and_work_goes_on_once_there_is_space(
     try:
         found = [event.seq for event in store.events(run_id(1))]
         assert found == [number for word, number in heard if word == "ack"]
+    finally:
+        store.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_an_error_after_a_commit_that_is_on_disk_is_no_failure(tmp_path: Path) -> None:
+    """Guarantees 2 and 3: a commit whose checkpoint finds no space is acknowledged, its row there once."""
+    home = Home(tmp_path / ".nbdurable")
+    with writing(home, "stuck") as process:
+        assert process.stdout is not None
+        *heard, (_, commits) = [said(line) for line in process.stdout]
+        assert process.wait() == 0
+
+    acknowledged = [number for word, number in heard if word == "ack"]
+    assert len(acknowledged) > commits, "no commit was followed by an error"
+    store = DuckDBStore.open(home)
+    try:
+        assert [event.seq for event in store.events(run_id(1))] == acknowledged
     finally:
         store.close()
 

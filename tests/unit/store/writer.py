@@ -1,8 +1,9 @@
 """A process that submits to a store and prints each acknowledged number, to be killed by tests.
 
-`python writer.py HOME alone|threads|full`. `alone`: one submission at a time. `threads`: four at once, without end.
-`full`: one at a time while no file may grow beyond a limit, then without it; prints `ack SEQ`, `full SEQ`, `error SEQ`.
-Each submission is an event and its run's row, both with the same epoch.
+`python writer.py HOME MODE`; each submission is an event and its run's row, both with the same epoch. Modes:
+`alone`: one submission at a time, without end; `threads`: four.
+`full`: some while no file may grow beyond a limit, some without it; prints `ack`, `full` or `error SEQ`.
+`stuck`: events alone, and the limit leaves room for commits, but none to write the log into the file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nbdurable.store.port import Changes
 from tests.tools.changes import commit, run, run_id
 
 GROWTH_BYTES = 600_000
+STUCK_BYTES = 20 << 20  # more than the log may hold before DuckDB writes it into the file
 
 
 def say(word: str, seq: int) -> None:
@@ -45,27 +47,52 @@ def submit(store: DuckDBStore, number: int) -> None:
         say("ack", ticket.seqs[0])
 
 
-def fill(store: DuckDBStore) -> None:
+def limit(size_bytes: int | None) -> None:
+    """Let no file of this process grow beyond a size: what a full disk does, without one."""
     import resource
 
-    unlimited = resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (GROWTH_BYTES, unlimited))
+    soft = resource.RLIM_INFINITY if size_bytes is None else size_bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+
+
+def attempt(store: DuckDBStore, change: Changes) -> str:
+    ticket = store.submit(change)
+    try:
+        ticket.done.result()
+        word = "ack"
+    except StoreFull:
+        word = "full"
+    except Exception:
+        word = "error"
+    say(word, ticket.seqs[0])
+    return word
+
+
+def fill(store: DuckDBStore) -> None:
+    wanted = changes(store, 1, text="m" * 50_000)
+    limit(GROWTH_BYTES)
     failures = 0
-    for change in changes(store, 1, text="m" * 50_000):
-        ticket = store.submit(change)
-        try:
-            ticket.done.result()
-            say("ack", ticket.seqs[0])
-        except StoreFull:
-            say("full", ticket.seqs[0])
-            failures += 1
-            if failures == 3:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
-        except Exception:
-            say("error", ticket.seqs[0])
-        if ticket.seqs[0] == 40:
-            store.close()
-            return
+    while failures < 3:
+        failures += attempt(store, next(wanted)) != "ack"
+    limit(None)
+    for _ in range(20):
+        attempt(store, next(wanted))
+    store.close()
+
+
+def stick(store: DuckDBStore, home: Home) -> None:
+    def big() -> Changes:
+        return Changes([commit("step", text=os.urandom(500_000).hex())])
+
+    while home.store.stat().st_size < STUCK_BYTES:
+        attempt(store, big())
+    limit(home.store.stat().st_size + 100_000)
+    for _ in range(20):
+        attempt(store, big())
+    limit(None)
+    attempt(store, big())
+    say("commits", store.commits)
+    store.close()
 
 
 def main() -> None:
@@ -73,6 +100,8 @@ def main() -> None:
     store = DuckDBStore.open(home)
     if mode == "full":
         fill(store)
+    elif mode == "stuck":
+        stick(store, home)
     else:
         numbers = [1] if mode == "alone" else [1, 2, 3, 4]
         threads = [threading.Thread(target=submit, args=(store, number)) for number in numbers]
