@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Literal, TextIO
 
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbclient.util import run_sync
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
@@ -29,9 +30,14 @@ from nbdurable.runner.kernels import Kernel
 from nbdurable.runner.notebooks import is_executed, step_name
 
 EXTENSION = "nbdurable.kernel.extension"
+_DIE_WITH_US = "__import__('ctypes').CDLL(None).prctl(1, 9, 0, 0, 0)"  # PR_SET_PDEATHSIG, SIGKILL
 SUSPENDED = "Suspended"  # the name of the control signal `errors.Suspended`, as an execute reply carries it
 AUTOSAVE_S = 5.0
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class KernelNotReady(DeadKernelError):  # type: ignore[misc]
+    """The kernel died, or fell silent, before it was ready"""
 
 
 @dataclass(frozen=True)
@@ -286,9 +292,11 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
     def run(self) -> None:
         """Start the kernel and execute the notebook."""
         self.reset_execution_trackers()
-        self.start_new_kernel(**self._kernel.options())
-        self._kernel.started()
-        self.start_new_kernel_client()
+        self._kernel.start()
+        try:
+            self.start_new_kernel_client()
+        except RuntimeError as error:
+            raise KernelNotReady(f"its kernel did not start: {error}") from None
         client = self.kc
         try:
             info = self.wait_for_reply(client.kernel_info())
@@ -304,9 +312,8 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
 
     def _load_extension(self) -> None:
         self.kc.cell_id = None
-        reply = self.wait_for_reply(
-            self.kc.execute(f"%load_ext {EXTENSION}", silent=True, store_history=False)
-        )
+        code = f"%load_ext {EXTENSION}" + (f"\n{_DIE_WITH_US}" if sys.platform == "linux" else "")
+        reply = self.wait_for_reply(self.kc.execute(code, silent=True, store_history=False))
         content = reply["content"]
         if content["status"] != "ok":
             raise NotebookError(

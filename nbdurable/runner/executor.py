@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
@@ -26,14 +26,17 @@ from nbdurable.contract import END_LEASE, GET_RUN, HEARTBEAT, ByRun, EndLease, H
 from nbdurable.errors import DurableError, Fenced, NotebookError
 from nbdurable.models import ErrorInfo, Run, RunStatus, Step, StepStatus
 from nbdurable.processes import identity
-from nbdurable.runner.execution import Assignment, Outcome
 from nbdurable.runner.kernels import Kernel
 from nbdurable.runner.notebooks import output_path, step_cells
 from nbdurable.settings import Home, Settings
 from nbdurable.telemetry import fault_point
 
+if TYPE_CHECKING:
+    from nbdurable.runner.execution import Outcome
+
 PATIENCE_S = 300.0  # a run does not fail because the coordinator is away
 HEARTBEAT_S = 2.0
+_START_S = 180  # a kernel that is not ready by then never will be
 _TICK_S = 0.25
 _RELEASE_GRACE_S = 4.0  # the worker that stops waits about twice as long
 _LAST_WORD_S = 5.0  # what is left to say when nobody may listen any more
@@ -141,8 +144,14 @@ class Executor:
 
     def _execute(self, run: Run, kernel: Kernel) -> EndLease:
         """Execute the notebook, and return what is to be said of it."""
+        try:
+            kernel.start()  # it needs as long as these imports do
+        except Exception as error:
+            return _failure(run, self.epoch, error)
         import papermill
         from papermill.exceptions import PapermillExecutionError
+
+        from nbdurable.runner.execution import Assignment, KernelNotReady
 
         try:
             nb = self._snapshot(run)
@@ -166,11 +175,14 @@ class Executor:
                     request_save_on_cell_execute=False,
                     kernel_name=kernel.manager.kernel_name,
                     progress_bar=False,
+                    start_timeout=_START_S,
                     assignment=assignment,
                 )
             fault_point("output-written")
             assert assignment.outcome is not None
             return self._verdict(nb, assignment.outcome)
+        except KernelNotReady as error:
+            return self._word("lose", str(error))
         except Exception as error:
             if isinstance(error, DurableError) or kernel.exit_status is None:
                 return _failure(run, self.epoch, error)

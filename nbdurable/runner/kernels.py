@@ -46,20 +46,10 @@ class CellClient(AsyncKernelClient):  # type: ignore[misc]
         return str(message["header"]["msg_id"])
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return what a child calls so that it is killed with the thread that started it; None where none can."""
-    if sys.platform != "linux":
-        return None
-    import ctypes
-
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # resolved here: after fork only the call itself is safe
-    return lambda: prctl(1, int(signal.SIGKILL), 0, 0, 0) and None
-
-
 class Kernel:
-    """One kernel process. `environment` is added to this process's own; `label` stands in its folder's name.
+    """One kernel process. `environment` is added to this process's own.
 
-    Start it from a thread that lives as long as it should: on Linux the kernel is killed with that thread.
+    `label` names what has one kernel at a time: what a killed process left for an earlier one is removed.
     """
 
     def __init__(
@@ -68,7 +58,7 @@ class Kernel:
         *,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        label: str = "kernel",
+        label: str | None = None,
         on_start: Callable[[], None] | None = None,
     ) -> None:
         self.cwd = cwd
@@ -91,22 +81,23 @@ class Kernel:
             manager.transport_encryption = "auto"
         return manager
 
-    def options(self) -> dict[str, Any]:
-        """Return what the manager's `start_kernel` is to be called with."""
+    def start(self) -> None:
+        """Start the process, if that was not done; it is ready when a client's `wait_for_ready` returns."""
+        if self._popen is None:
+            run_sync(self.manager.start_kernel)(**self._options())
+            self._popen = self.manager.provisioner.process
+            with contextlib.suppress(ProcessLookupError):  # dead already: the first message will tell
+                self.process = processes.identity("kernel", self._popen.pid)
+            if self._on_start is not None:
+                self._on_start()
+
+    def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"env": {**os.environ, **self.environment}}
+        if self.manager.ipykernel:
+            options["extra_arguments"] = ["--HistoryManager.hist_file=:memory:"]
         if self.cwd is not None:
             options["cwd"] = str(self.cwd)
-        if (hook := _die_with_parent()) is not None:
-            options["preexec_fn"] = hook
         return options
-
-    def started(self) -> None:
-        """Take note of the process that the manager started."""
-        self._popen = self.manager.provisioner.process
-        with contextlib.suppress(ProcessLookupError):  # dead already: the first message will tell
-            self.process = processes.identity("kernel", self._popen.pid)
-        if self._on_start is not None:
-            self._on_start()
 
     @property
     def exit_status(self) -> int | None:
@@ -152,8 +143,10 @@ class Kernel:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _own_folder(label: str) -> Path:
-    """Make a private folder for a kernel's sockets; remove those that killed processes of that label left."""
+def _own_folder(label: str | None) -> Path:
+    """Make a private folder for a kernel's sockets, and remove those that were left under this label."""
+    if label is None:
+        return Path(tempfile.mkdtemp(prefix="nbdurable-"))
     prefix = f"nbdurable-{label}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         if not hasattr(os, "getuid") or left.lstat().st_uid == os.getuid():

@@ -82,7 +82,7 @@ def _cells(home: Home, run: RunDetail) -> dict[str, Any]:
 
 
 def _gated(folder: Path) -> Path:
-    """Write a notebook whose second step goes on once the file `go` is there; each step leaves a line in `journal`."""
+    """Write a notebook whose second step goes on once the file `go` is there; steps write to `journal`."""
     note = "def note(what):\n    with open('journal', 'a') as f:\n        f.write(what + '\\n')"
     return notebooks.write(
         folder / "gated.ipynb",
@@ -99,7 +99,7 @@ def _gated(folder: Path) -> Path:
 def test_run_completes_with_parameters_and_a_true_output(
     home: Home, coordinator: Coordinator, tmp_path: Path
 ) -> None:
-    """A headless run ends completed; its output notebook shows every cell's true state; no kernel is left."""
+    """A headless run ends completed; its output notebook is true; no kernel is left."""
     path = notebooks.write(
         tmp_path / "a.ipynb",
         [LOAD, "%%step double\ntwice = n * 2\nprint('twice', twice)\ntwice", "print(twice + 1)"],
@@ -152,7 +152,7 @@ def _kill_coordinator(home: Home) -> None:
 def test_run_survives(
     trouble: Callable[[Home], None], home: Home, coordinator: Coordinator, tmp_path: Path
 ) -> None:
-    """Guarantees 1, 4, 6: whatever dies in the middle, the run ends completed, and what had committed ran once."""
+    """Guarantees 1, 4, 6: whatever dies in the middle, the run completes, and what had committed ran once."""
     run = create_headless(coordinator.client, _gated(tmp_path))
     _until_printed(home, run.id, "second waits")
     [kernel], [executor] = _kernels(home), _executors(home)
@@ -178,7 +178,7 @@ def test_run_survives(
 
 
 def test_stopped_worker_leaves_nothing_behind(home: Home, coordinator: Coordinator, tmp_path: Path) -> None:
-    """SIGTERM to a worker: within ten seconds it, its executor and its kernel are gone, and the run is queued."""
+    """SIGTERM to a worker: within ten seconds it, its executor and its kernel are gone, the run is queued."""
     run = create_headless(coordinator.client, _gated(tmp_path))
     _until_printed(home, run.id, "second waits")
     [worker], [executor], [kernel] = _workers(home), _executors(home), _kernels(home)
@@ -216,8 +216,8 @@ def test_cancel_kills_a_kernel_that_does_not_listen(
         tmp_path / "a.ipynb",
         [
             LOAD,
-            "%%step deaf\nimport time\nprint('begun', flush=True)\nwhile True:\n    try:\n        time.sleep(600)\n"
-            "    except KeyboardInterrupt:\n        pass",
+            "%%step deaf\nimport time\nprint('begun', flush=True)\nwhile True:\n"
+            "    try:\n        time.sleep(600)\n    except KeyboardInterrupt:\n        pass",
         ],
     )
     run = create_headless(coordinator.client, path)
@@ -235,7 +235,7 @@ def test_waiting_run_has_no_kernel_and_goes_on_when_answered(
         tmp_path / "a.ipynb",
         [
             LOAD,
-            "%%step gate\nprint('before')\ndecision = durable.approve('draft', title='Publish?')\nprint('behind')",
+            "%%step gate\nprint('before')\ndecision = durable.approve('draft', title='Publish?')",
             "durable.result(approved=decision.approved)",
         ],
     )
