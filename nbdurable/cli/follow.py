@@ -27,6 +27,7 @@ EXIT_STATUS = {
     RunStatus.WAITING: 3,
     RunStatus.CANCELLED: 4,
 }
+_TOLD = (Kind.RUN_LOST, Kind.RUN_RELEASED, Kind.RUN_DELAYED)  # what else a follower would wonder about
 _NAME_WIDTH = 10
 _SHOWN_VARIABLES = 3
 
@@ -91,7 +92,7 @@ class Story:
     def lines(self, run: RunDetail, events: Sequence[Event] = ()) -> Iterator[Line]:
         """Yield what is new in a run's state and in its history."""
         for event in events:
-            if event.seq > self._seq and event.kind == Kind.RUN_LOST:
+            if event.seq > self._seq and event.kind in _TOLD:
                 yield (" ", ("↻", "yellow"), f" {event.sentence}")
         self._seq = max([self._seq, *(event.seq for event in events)])
         for step in run.steps:
@@ -214,7 +215,7 @@ def conclude(run: RunDetail, screen: Screen, command: Callable[[str], str]) -> i
             screen.say(run.error.traceback.rstrip())
         said = run.reason if not run.error else f"{run.error.name}: {run.error.message}"
         screen.say(("✗", "red"), f" run {run.short} {run.status}: {clip(said, 300)}")
-        screen.say(f"  {_kept(run)}. Go on from there: ", (command(f"resume {run.short}"), "bold"))
+        screen.say(f"  {_kept(run)}. Go on: ", (command(f"resume {run.short}"), "bold"))
     return EXIT_STATUS[run.status]
 
 

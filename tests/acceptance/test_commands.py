@@ -1,0 +1,319 @@
+"""The commands as scripts and people meet them: shapes, exit statuses, messages. Processes only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.tools.commands import DEADLINE_S, Project
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and modes of POSIX")
+
+ONE = "%%step one\nx = [n] * 10\nprint('one ran')"
+TWO = "%%step two\ny = sum(x)\ndurable.result(y=y)"
+
+
+def test_a_run_completes(project: Project) -> None:
+    """Guarantees 1, 9: status 0, the documented shape, each step ran once, for a reason."""
+    project.notebook("plain.ipynb", ONE, TWO, parameters="n = 1")
+    out = project.folder / "done.ipynb"
+    found = project.run("run", "plain.ipynb", "-p", "n", "4", "-o", str(out), "--tag", "t1", "--json")
+    assert found.returncode == 0, found.stderr
+    run = json.loads(found.stdout)
+    assert run["status"] == "completed"
+    assert run["parameters"] == {"n": 4}
+    assert run["result"] == {"y": 40}
+    assert run["output"] == str(out)
+    assert run["recoveries"] == 0
+    assert [(s["name"], s["status"], s["executions"], s["restores"]) for s in run["steps"]] == [
+        ("one", "completed", 1, 0),
+        ("two", "completed", 1, 0),
+    ]
+    assert all(step["reason"] for step in run["steps"])
+    [variable] = run["steps"][0]["variables"]
+    assert variable["name"] == "x"
+    assert {"name", "type", "bytes", "state"} <= set(variable)
+    assert out.exists()
+    assert project.json("show", run["id"])["steps"] == run["steps"]
+    assert project.json("show", run["id"][-8:])["id"] == run["id"]
+    assert run["id"] in [
+        listed["id"] for listed in project.json("ls", "--status", "completed", "--tag", "t1")
+    ]
+    assert "y" in project.run("show", run["id"]).stdout
+
+
+def test_a_followed_run_tells_each_step_in_plain_lines(project: Project) -> None:
+    """Guarantee 9; and no control character reaches what is no terminal."""
+    project.notebook("told.ipynb", ONE, TWO, parameters="n = 1")
+    found = project.run("run", "told.ipynb")
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert lines[0].startswith("told.ipynb  run ")
+    assert [line.split()[:2] for line in lines[1:3]] == [["✓", "one"], ["✓", "two"]]
+    assert "completed" in lines[3]
+    assert not [c for c in found.stdout + found.stderr if unicodedata.category(c) == "Cc" and c != "\n"]
+
+
+def test_an_approval_ends_the_command_and_an_answer_goes_on(project: Project) -> None:
+    """Guarantees 1, 5: status 3 with the command that answers; answered once; nothing before it repeated."""
+    project.notebook(
+        "ask.ipynb",
+        ONE,
+        "%%step gate\nd = durable.approve({'n': n}, title='Publish?')",
+        "%%step end\ndurable.result(n=d.value['n'])",
+        parameters="n = 1",
+    )
+    found = project.run("run", "ask.ipynb")
+    assert found.returncode == 3, found.stderr
+    wait = next(w for w in project.json("waits") if w["title"] == "Publish?")
+    assert f"nbdurable approve {wait['id']}" in found.stdout
+    assert "is waiting (exit status 3)" in found.stdout
+    assert wait["id"] in project.run("waits").stdout
+    shown = project.json("show", wait["run_id"])
+    assert (shown["status"], shown["driver"]) == ("waiting", None)
+    assert [(w["id"], w["kind"], w["status"]) for w in shown["waits"]] == [(wait["id"], "approval", "open")]
+
+    broken = project.run("approve", wait["id"], "--value", "{n: 5}")
+    assert (broken.returncode, broken.stdout) == (2, "")
+    assert "--value is not JSON" in broken.stderr
+
+    answered = project.json("approve", wait["id"].lower(), "--value", '{"n": 5}', "--comment", "five")
+    assert (answered["status"], answered["answer"]["edited"], answered["answer"]["comment"]) == (
+        "answered",
+        True,
+        "five",
+    )
+    twice = project.run("reject", wait["id"])
+    assert twice.returncode == 1
+    assert "answered" in twice.stderr
+
+    assert project.run("logs", "-f", wait["run_id"]).returncode == 0
+    ended = project.json("show", wait["run_id"])
+    assert (ended["status"], ended["result"]) == ("completed", {"n": 5})
+    assert [step["executions"] for step in ended["steps"] if step["name"] == "one"] == [1]
+
+
+def test_a_run_that_only_sleeps_is_followed_to_its_end(project: Project) -> None:
+    """Guarantee 5: a timer needs nobody, so the command stays."""
+    project.notebook("sleep.ipynb", "%%step nap\ndurable.sleep('1s')", "%%step up\nawake = True")
+    found = project.run("run", "sleep.ipynb")
+    assert found.returncode == 0, found.stderr
+    assert "sleeps until" in found.stdout
+
+
+def test_a_failed_run_shows_the_users_error_and_can_be_resumed(project: Project) -> None:
+    """Guarantees 1, 11: the user's traceback, what is kept; resumed, the kept step does not run again."""
+    flag = project.folder / "flag"
+    project.notebook(
+        "fail.ipynb", ONE, f"%%step two\nassert open({str(flag)!r}).read() == 'ok'", parameters="n = 1"
+    )
+    found = project.run("run", "fail.ipynb")
+    assert found.returncode == 1
+    assert found.stdout.index("FileNotFoundError") < found.stdout.index("1 of 2 steps are kept (one)")
+    [run] = [
+        run for run in project.json("ls", "--status", "failed") if run["notebook"].endswith("fail.ipynb")
+    ]
+    assert f"nbdurable resume {run['id'][-8:]}" in found.stdout
+    flag.write_text("ok")
+    assert project.json("resume", run["id"])["status"] == "queued"
+    project.run("logs", "-f", run["id"])
+    ended = project.json("show", run["id"])
+    assert ended["status"] == "completed"
+    assert [(s["name"], s["executions"], s["restores"]) for s in ended["steps"]] == [
+        ("one", 1, 1),
+        ("two", 2, 0),
+    ]
+    again = project.run("resume", run["id"])
+    assert again.returncode == 1
+    assert "can't resume" in again.stderr
+
+
+@posix
+def test_ctrl_c_leaves_the_run_going_and_cancel_stops_it(project: Project) -> None:
+    """Guarantee 6: who follows is not who drives. Cancelled, its committed step is kept."""
+    project.notebook("long.ipynb", ONE, "%%step two\nimport time\ntime.sleep(600)", parameters="n = 1")
+    with project.start("run", "long.ipynb") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if "one" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(DEADLINE_S) == 130
+        assert "Traceback" not in process.stderr.read()
+    [run] = project.json("ls", "--notebook", "long.ipynb")
+    assert run["status"] == "running"
+    assert f"nbdurable logs -f {run['id'][-8:]}" in rest
+    assert f"nbdurable cancel {run['id'][-8:]}" in rest
+    assert project.run("cancel", run["id"]).returncode == 0
+    project.run("logs", "-f", run["id"])
+    ended = project.json("show", run["id"])
+    assert ended["status"] == "cancelled"
+    assert (ended["steps"][0]["name"], ended["steps"][0]["status"]) == ("one", "completed")
+
+
+def test_a_detached_run_prints_one_object_and_a_key_returns_the_first_run(project: Project) -> None:
+    """Design §6: `id` and `status`; a second run with the key is the first one."""
+    project.notebook("key.ipynb", ONE, parameters="n = 1")
+    first = project.json("run", "key.ipynb", "--detach", "--idempotency-key", "morning")
+    second = project.json("run", "key.ipynb", "--detach", "--idempotency-key", "morning")
+    assert {"id", "status"} <= set(first)
+    assert second["id"] == first["id"]
+    project.run("logs", "-f", first["id"])
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["run", "nowhere.ipynb"], 2, "nowhere.ipynb"),
+        (["run", "text.ipynb"], 2, "not JSON"),
+        (["run", "old.ipynb"], 2, "nbformat 3"),
+        (["run", "good.ipynb", "--kernel", "fortran"], 2, "fortran"),
+        (["run", "good.ipynb", "-p", "m", "1"], 2, "'m'"),
+        (["run", "good.ipynb", "-o", "no/such/folder/out.ipynb"], 2, "no/such/folder"),
+        (["run", "good.ipynb", "-o", "good.ipynb"], 2, "overwrite"),
+        (["show", "ffffffff"], 2, "ffffffff"),
+        (["logs", "ffffffff"], 2, "ffffffff"),
+        (["resume", "ffffffff"], 2, "ffffffff"),
+        (["cancel", "ffffffff"], 2, "ffffffff"),
+        (["plan", "ffffffff"], 2, "ffffffff"),
+        (["show", "ff"], 2, "too short"),
+        (["approve", "ZZZZZZ"], 2, "ZZZZZZ"),
+        (["reject", "ZZZZZZ"], 2, "ZZZZZZ"),
+        (["sql", "drop table runs"], 2, "SELECT"),
+        (["sql", "select * from nothing"], 2, "nothing"),
+        (["sql", "select * from read_csv('/etc/passwd')"], 2, ""),
+    ],
+)
+def test_bad_input_is_one_clear_message(project: Project, words: list[str], status: int, said: str) -> None:
+    """Guarantee 11: what, which, what to do; the exit status; nothing on stdout."""
+    project.notebook("good.ipynb", ONE, parameters="n = 1")
+    (project.folder / "text.ipynb").write_text("just text")
+    (project.folder / "old.ipynb").write_text(
+        '{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}'
+    )
+    found = project.run(*words)
+    assert (found.returncode, found.stdout) == (status, "")
+    assert said in found.stderr
+    assert found.stderr.startswith("Error: ")
+    assert "Traceback" not in found.stderr
+
+
+def test_sql_prints_a_table_or_objects(project: Project) -> None:
+    """Design §6: `--json` is a list of objects."""
+    assert project.json("sql", "select 1 as a, 'x' as b") == [{"a": 1, "b": "x"}]
+    lines = project.run("sql", "select 1 as a, 'x' as b").stdout.splitlines()
+    assert [line.split() for line in lines] == [["a", "b"], ["1", "x"]]
+
+
+def test_home_is_an_option_and_hints_name_it(own_project: Project) -> None:
+    """A command that is printed works from where the user stands."""
+    elsewhere = own_project.folder / "elsewhere"
+    own_project.notebook("ask.ipynb", "d = durable.approve(1, title='Go?')")
+    found = own_project.run("--home", str(elsewhere), "run", "ask.ipynb")
+    assert found.returncode == 3, found.stderr
+    assert f"nbdurable --home {elsewhere} approve " in found.stdout
+    assert own_project.json("waits") == []
+    assert own_project.run("--home", str(elsewhere), "down").returncode == 0
+
+
+def test_a_coordinator_of_another_version_is_named(own_project: Project) -> None:
+    """Guarantee 11: status 5, both versions, what to do; nothing is lost by it."""
+    code = (
+        "import nbdurable; nbdurable.__version__ = '99.0'\n"
+        "import sys; from nbdurable.coordinator.__main__ import main; sys.exit(main())"
+    )
+    words = [sys.executable, "-c", code, "--home", str(own_project.home)]
+    with subprocess.Popen(words, env=own_project.environment, stderr=subprocess.PIPE, text=True) as other:
+        assert other.stderr is not None
+        for line in other.stderr:
+            if "serves" in line:
+                break
+        found = own_project.run("ls")
+        other.terminate()
+        other.stderr.read()
+    assert found.returncode == 5
+    assert "99.0" in found.stderr
+    assert "nbdurable down" in found.stderr
+
+
+def test_a_token_that_does_not_match_is_named(own_project: Project) -> None:
+    """Guarantee 11: status 5 and what to do."""
+    own_project.home.mkdir(mode=0o700)
+    own_project.run("ls")
+    token = own_project.home / "token"
+    kept = token.read_text()
+    token.write_text("0" * 64)
+    found = own_project.run("ls")
+    token.write_text(kept)
+    assert found.returncode == 5
+    assert "token" in found.stderr
+
+
+@posix
+def test_up_serves_the_pages_until_ctrl_c(own_project: Project) -> None:
+    """One address that works, no second `up`, and nothing left behind."""
+    with own_project.start("up", "--port", "0", "--json") as process:
+        assert process.stdout is not None
+        text = ""
+        for line in process.stdout:
+            text += line
+            if line == "}\n":
+                break
+        up = json.loads(text)
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(up["url"]) as page:
+            assert page.status == 200
+        place = json.loads((own_project.home / "coordinator.json").read_text())
+        assert {"pid", "url", "version"} <= set(place)
+        assert place["pid"] == up["pid"]
+        second = own_project.run("up")
+        assert second.returncode == 1
+        assert "up already" in second.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 0
+    assert not (own_project.home / "coordinator.json").exists()
+    assert not (own_project.home / "dashboard.json").exists()
+
+
+def test_down_where_nothing_runs_says_so(own_project: Project) -> None:
+    """Ending what isn't there is no error."""
+    assert own_project.json("down") == {"stopped": False, "open_runs": None}
+
+
+@posix
+def test_doctor_names_what_is_wrong_and_what_to_do(own_project: Project) -> None:
+    """Guarantee 11: one line for each check, status 1 where one fails, and the command that mends it."""
+    assert own_project.run("doctor").returncode == 0
+    own_project.home.mkdir(mode=0o755)
+    own_project.home.chmod(0o755)
+    found = own_project.run("doctor")
+    assert found.returncode == 1
+    assert f"chmod 700 {own_project.home}" in found.stdout
+    checks = json.loads(own_project.run("doctor", "--json").stdout)
+    assert [check["name"] for check in checks if not check["ok"]] == ["home"]
+
+
+def test_the_demo_kills_recovers_and_publishes(own_project: Project) -> None:
+    """Guarantees 1, 2, 4, 5, 6 in one story, each claim of which the demo checks itself."""
+    found = own_project.run("demo", "--yes", "--keep", ".", "--json", deadline_s=150)
+    assert found.returncode == 0, found.stdout + found.stderr
+    told = json.loads(found.stdout)
+    assert told["ok"]
+    assert all(finding["holds"] for finding in told["findings"])
+    assert told["run"]["recoveries"] == 2
+    assert Path(told["report"]).read_text(encoding="utf-8").startswith("# ")
+    cells = json.loads(Path(told["output"]).read_text(encoding="utf-8"))["cells"]
+    assert not [
+        output for cell in cells for output in cell.get("outputs", ()) if output["output_type"] == "error"
+    ]
+    assert not (own_project.home / "coordinator.json").exists()
