@@ -8,11 +8,13 @@ not by Python's stack.
 
 from __future__ import annotations
 
+import mmap
 import sys
 import types
 from collections.abc import Iterator
 from dataclasses import replace
 from marshal import dumps
+from pickle import PickleBuffer
 from typing import Any
 
 from blake3 import blake3
@@ -28,6 +30,7 @@ from nbdurable.checkpoint.objects import (
     importable,
     live_name,
     reduce_value,
+    stream_position,
     underlying,
 )
 
@@ -204,7 +207,7 @@ class Walk:
             return None
         if id(value) in self.opaque:
             self.seen[id(value)] = value
-            self._emit(b"o", f"{kind.__module__}.{kind.__qualname__}".encode())
+            self._emit(b"o", f"{kind.__module__}.{kind.__qualname__}:{stream_position(value)}".encode())
             return None
         if isinstance(value, IMMUTABLE_TYPES) or _is_immutable_scalar(value):
             return self._scalar(value)
@@ -693,10 +696,13 @@ def _is_immutable_scalar(value: Any) -> bool:
     return isinstance(value, module.DataType)
 
 
+_BUFFERS = (bytes, bytearray, memoryview, mmap.mmap, PickleBuffer)
+
+
 def memory_owner(array: Any) -> Any:
-    """Return the object that owns an array's memory: an array, or whatever lent it a buffer."""
+    """Return the object that owns an array's memory: an array, or a buffer of Python's own."""
     owner = array
-    while (base := getattr(owner, "base", None)) is not None:
+    while isinstance(base := getattr(owner, "base", None), (type(array), *_BUFFERS)):
         owner = base
     return owner
 
@@ -731,7 +737,7 @@ def partial_fingerprint(value: Any, namespace: Namespace | None = None) -> tuple
         except Unfingerprintable as error:
             if error.problem is None or error.problem.unit in opaque or len(problems) >= MAX_OPAQUE:
                 kind = type(value)
-                return f"opaque:{kind.__module__}.{kind.__qualname__}", problems
+                return f"opaque:{kind.__module__}.{kind.__qualname__}:{stream_position(value)}", problems
             problems.append(error.problem)
             opaque |= {error.problem.unit}
         else:

@@ -30,6 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from nbdurable.checkpoint.unsaved import Unsaved, reason_of
 from nbdurable.errors import CheckpointError
 
 Namespace = Mapping[str, Any]
@@ -104,7 +105,7 @@ class Problem:
         """Say why variable `name` was not saved, and what to do."""
         where = f"`{name}{self.path}`: " if self.path else ""
         holds = f"{self.holder} holds {self.what}" if self.holder else self.what
-        return f"{where}{holds}; {self.todo}"
+        return "; ".join(filter(None, (where + holds, self.todo)))
 
 
 def importable(value: Any) -> str | None:
@@ -194,8 +195,8 @@ def unsaveable(value: Any) -> Unsaveable | None:
         return Unsaveable("a weak reference", f"hold the object itself, or {_PLAIN_CELL}")
     if isinstance(value, types.FrameType | types.TracebackType):
         return Unsaveable(f"a {kind.__name__}", "keep its text instead")
-    if (explain := getattr(kind, "__nbdurable_unsaved__", None)) is not None:  # our own placeholder
-        return Unsaveable(explain(value), "run the step that makes it again")
+    if kind is Unsaved:
+        return Unsaveable(reason_of(value), "run the step that makes it again")
     return None
 
 
@@ -262,3 +263,23 @@ def describe_problem(trail: list[tuple[str, Any]], error: Exception) -> Problem:
         stream=trouble.stream and unit is culprit,
         unit=id(unit),
     )
+
+
+def stream_position(value: Any) -> str:
+    """Return text that changes when a generator or file is read on, as far as that can be seen from outside."""
+    frame = getattr(value, "gi_frame", None) or getattr(value, "ag_frame", None)
+    if isinstance(frame, types.FrameType):
+        simple = {
+            name: item for name, item in frame.f_locals.items() if type(item) in (int, float, str, bool)
+        }
+        return f"{frame.f_lasti}{simple!r}"
+    try:
+        return (
+            str(value.tell())
+            if isinstance(value, io.IOBase)
+            else repr(value)
+            if type(value).__module__ == "itertools"
+            else ""
+        )
+    except Exception:
+        return ""

@@ -1,0 +1,104 @@
+"""The functions that checkpoints name: pickles call them when they are loaded.
+
+Owns how functions of the notebook, views and shared memory are put together again. A name or signature here
+is part of the checkpoint format: add new ones, never change these.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from nbdurable.errors import NotRestorable
+
+_namespace: ContextVar[dict[str, Any]] = ContextVar("nbdurable_live_namespace")
+
+
+@contextmanager
+def into(namespace: dict[str, Any]) -> Iterator[None]:
+    """Make functions that are loaded meanwhile read their globals in this namespace."""
+    token = _namespace.set(namespace)
+    try:
+        yield
+    finally:
+        _namespace.reset(token)
+
+
+def live(qualname: str) -> Any:
+    """Return the function or class that the notebook itself holds under a name."""
+    head, *rest = qualname.split(".")
+    try:
+        found = _namespace.get()[head]
+        for part in rest:
+            found = getattr(found, part)
+    except (KeyError, AttributeError):
+        raise NotRestorable(
+            f"a saved value needs `{qualname}`, which the notebook has not defined by now",
+            todo=f"define `{head}` in a cell above the step",
+        ) from None
+    return found
+
+
+def function(
+    code: types.CodeType, name: str, closure: tuple[types.CellType, ...] | None
+) -> types.FunctionType:
+    """Make a function that reads its globals in the live namespace."""
+    return types.FunctionType(code, _namespace.get(), name, None, closure)
+
+
+def fill_function(
+    made: types.FunctionType, state: tuple[list[tuple[types.CellType, Any]], dict[str, Any]]
+) -> None:
+    """Give a function its closure values and attributes, once it can be referred to."""
+    cells, attributes = state
+    for cell, content in cells:
+        cell.cell_contents = content
+    made.__dict__.update(attributes.pop("__dict__"))
+    for name, value in attributes.items():
+        setattr(made, name, value)
+
+
+def empty_cell() -> types.CellType:
+    """Make a closure cell without content."""
+    return types.CellType()
+
+
+def fill_cell(cell: types.CellType, state: tuple[Any]) -> None:
+    """Give a closure cell its content."""
+    cell.cell_contents = state[0]
+
+
+def lru_cache(wrapped: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
+    """Make a caching function again; its cache starts empty."""
+    return functools.lru_cache(maxsize=maxsize, typed=typed)(wrapped)
+
+
+def view(data: Any, format: str, shape: tuple[int, ...]) -> memoryview:
+    """Make a memoryview."""
+    flat = memoryview(data).cast("B")
+    return flat if format == "B" and len(shape) == 1 else flat.cast(format, list(shape))  # type: ignore[call-overload]
+
+
+def dict_view(kind: str, mapping: dict[Any, Any]) -> Any:
+    """Make a view on a dict: its keys, values or items."""
+    return getattr(dict, kind)(mapping)
+
+
+def array_view(
+    memory: Any, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, writeable: bool
+) -> Any:
+    """Make an array over the memory of another one."""
+    import numpy
+
+    if dtype.hasobject:
+        start = memory[offset // dtype.itemsize :]
+        made = numpy.lib.stride_tricks.as_strided(start, shape, strides)
+    else:
+        made = numpy.ndarray(shape, dtype, buffer=memory, offset=offset, strides=strides)
+    if not writeable:
+        made.flags.writeable = False
+    return made

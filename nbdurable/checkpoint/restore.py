@@ -1,0 +1,109 @@
+"""Restoring: a checkpoint's variables, put back into a namespace.
+
+Owns the only unpickling there is. It takes a manifest whose signature was verified (`manifest.unseal`), and
+bytes whose digests are verified here. All values are loaded before the first name is bound.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import pickle
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from nbdurable.checkpoint import rebuild
+from nbdurable.checkpoint.blobs import BlobStore
+from nbdurable.checkpoint.manifest import Blob, Group, Manifest, read_blob
+from nbdurable.checkpoint.unsaved import Unsaved
+from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, NotRestorable
+
+__all__ = ["Unsaved", "load", "restore"]
+
+
+def load(names: Sequence[str], stream: bytes | memoryview, buffers: Iterable[Any]) -> dict[str, Any]:
+    """Unpickle a group, one pickle per name; only for bytes that were verified, inside `rebuild.into`.
+
+    An exception of the user's code is given an attribute `variable`, the name at which it happened.
+    """
+    unpickler = pickle.Unpickler(io.BytesIO(stream), buffers=buffers)
+    values = {}
+    for name in names:
+        try:
+            values[name] = unpickler.load()
+        except Exception as error:
+            error.variable = name  # type: ignore[attr-defined]
+            raise
+    return values
+
+
+def restore(manifest: Manifest, namespace: dict[str, Any], blobs: BlobStore) -> None:
+    """Bind the variables of a verified manifest in a namespace: all of them, or none.
+
+    Variables that were not saved become `Unsaved` placeholders; those that the step deleted are deleted;
+    the random generators get their state back. Raises BlobMissing, BlobDamaged and NotRestorable, naming
+    variable and step.
+    """
+    values: dict[str, Any] = {}
+    with _without_gc(), rebuild.into(namespace):
+        for group in manifest.groups:
+            values |= _load_group(group, manifest.step, blobs)
+        states = (
+            None
+            if manifest.random is None
+            else pickle.loads(_read(manifest.random, "random", manifest.step, blobs))
+        )
+    for variable in manifest.variables:
+        if variable.state == "unsaved":
+            values[variable.name] = Unsaved(variable.name, manifest.step, variable.reason)
+    namespace.update(values)
+    for name in manifest.deleted:
+        namespace.pop(name, None)
+    if states is not None:
+        _set_random(states)
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Pause the garbage collector, which would walk over the growing values again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _load_group(group: Group, step: str, blobs: BlobStore) -> dict[str, Any]:
+    names = ", ".join(group.names)
+    stream = _read(group.stream, names, step, blobs)
+    buffers = [_read(blob, names, step, blobs) for blob in group.buffers]
+    try:
+        return load(group.names, stream, buffers)
+    except Exception as error:
+        name = getattr(error, "variable", names)
+        reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise NotRestorable(
+            f"variable `{name}` of step `{step}` can't be restored: {reason}",
+            todo=getattr(error, "todo", "") or f"run the step again: `%durable rerun {step}`",
+        ) from error
+
+
+def _read(blob: Blob, names: str, step: str, blobs: BlobStore) -> memoryview:
+    try:
+        return read_blob(blob, blobs)
+    except (BlobMissing, BlobDamaged) as error:
+        raise type(error)(
+            f"{error.message}; step `{step}` needs it for `{names}`", todo=error.todo
+        ) from error
+
+
+def _set_random(states: dict[str, Any]) -> None:
+    random.setstate(states["random"])
+    if "numpy" in states:
+        import numpy
+
+        numpy.random.set_state(states["numpy"])

@@ -1,0 +1,469 @@
+"""Saving: the bytes of the variables that a step wrote.
+
+Owns which variables must be pickled together, what a pickle holds by value and what by name, and which
+values are refused. Nothing here changes a value. The caller makes the blobs durable (`blobs.sync()`) and
+commits the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+import random as standard_random
+import sys
+import types
+import weakref
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle
+
+from nbdurable.checkpoint import rebuild
+from nbdurable.checkpoint.blobs import BlobStore
+from nbdurable.checkpoint.fingerprint import (
+    Unfingerprintable,
+    Walk,
+    fingerprint,
+    immutable,
+    memory_owner,
+    reach,
+)
+from nbdurable.checkpoint.manifest import Blob, Group, put_blob
+from nbdurable.checkpoint.objects import (
+    DICT_VIEWS,
+    LruCacheWrapper,
+    Problem,
+    importable,
+    is_notebook_function,
+    live_name,
+    underlying,
+    unsaveable,
+)
+from nbdurable.checkpoint.preview import describe
+from nbdurable.checkpoint.restore import load
+from nbdurable.checkpoint.track import is_user_name
+from nbdurable.models import Variable
+
+OUT_OF_BAND_BYTES = 64 << 10  # smaller buffers stay in the stream
+VERIFIED_STREAM_BYTES = 1 << 20  # pickles up to this size are loaded back at once and compared
+VERIFIED_BUFFER_BYTES = 64 << 20
+_PLAIN = "create it in a plain cell"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save` wrote: parts of a manifest, not yet durable. `fingerprints` are those of the saved names."""
+
+    groups: tuple[Group, ...]
+    variables: tuple[Variable, ...]
+    random: Blob | None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def save(
+    namespace: dict[str, Any],
+    names: Collection[str],
+    blobs: BlobStore,
+    *,
+    fingerprints: Mapping[str, str] | None = None,
+    random: bool = False,
+    verify: bool = True,
+) -> Saved:
+    """Write variables to blobs, and say what became of each.
+
+    `names`: the variables that were written. Another variable that shares a mutable object with one of them
+    is saved along, so that the sharing survives. `fingerprints`: those of all user variables, as
+    `Tracker.changes` gave them. `random`: whether the state of the random generators is saved. `verify`:
+    load small pickles back and compare. What can't be saved is a Variable of state "unsaved" with its
+    reason; it takes no unrelated variable down. Raises StoreFull, CheckpointError if blobs can't be
+    written.
+    """
+    job = _Job(namespace, names, fingerprints or {}, verify)
+    packs = job.packs()
+    groups, variables, digests = [], list(job.refused.values()), {}
+    for pack in packs:
+        groups.append(
+            Group(
+                names=pack.names,
+                stream=put_blob(pack.stream, blobs),
+                buffers=tuple(put_blob(buffer, blobs) for buffer in pack.buffers),
+            )
+        )
+        for name in pack.names:
+            kind, shape, preview = describe(namespace[name])
+            variables.append(
+                Variable(name=name, type=kind, bytes=pack.sizes[name], shape=shape, preview=preview)
+            )
+            digests[name] = job.digest(name)
+    return Saved(
+        groups=tuple(groups),
+        variables=tuple(sorted(variables, key=lambda variable: variable.name)),
+        random=put_blob(pickle.dumps(_random_state(), protocol=5), blobs) if random else None,
+        fingerprints=digests,
+    )
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"random": standard_random.getstate()}
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        state["numpy"] = numpy.get_state()
+    return state
+
+
+@dataclass(frozen=True)
+class _Pack:
+    names: tuple[str, ...]
+    stream: bytes
+    buffers: list[memoryview]
+    sizes: dict[str, int]
+
+
+class _Refused(Exception):
+    """One variable of a group can't be saved."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name)
+        self.name, self.reason = name, reason
+
+
+class _Job:
+    """One call of `save`: which variables belong together, and which are refused."""
+
+    def __init__(
+        self, namespace: dict[str, Any], names: Collection[str], fingerprints: Mapping[str, str], verify: bool
+    ) -> None:
+        self.namespace = namespace
+        self.verify = verify
+        self.refused: dict[str, Variable] = {}
+        self._digests = dict(fingerprints)
+        self._written = {name for name in names if name in namespace}
+        others = fingerprints or filter(is_user_name, list(namespace))
+        self._walks: dict[str, Walk] = {}
+        self._problems: dict[str, list[Problem]] = {}
+        for name in sorted(self._written | {name for name in others if name in namespace}):
+            value = namespace[name]
+            if name in self._written or not (immutable(value) or isinstance(value, types.ModuleType)):
+                self._walks[name], self._problems[name] = reach(value, namespace, name)
+
+    def digest(self, name: str) -> str:
+        if name not in self._digests:
+            self._digests[name] = fingerprint(self.namespace[name], self.namespace)
+        return self._digests[name]
+
+    def packs(self) -> list[_Pack]:
+        """Pickle every group; a variable that can't be saved is refused, and its group tried again without it."""
+        for name in sorted(self._written):
+            if self._problems[name]:
+                self._refuse(name, self._problems[name][0].sentence(name))
+        done: dict[tuple[str, ...], _Pack] = {}
+        while True:
+            groups = self._groups()
+            try:
+                for group in groups:
+                    if group not in done:
+                        done[group] = self._pack(group)
+            except _Refused as refused:
+                if refused.name in self._written:
+                    self._refuse(refused.name, refused.reason)
+                else:  # joined for its sharing's sake only; those that share with it find out next
+                    self._problems[refused.name] = [Problem("", "", refused.reason, "", False, 0)]
+                continue
+            return [done[group] for group in groups]
+
+    def _refuse(self, name: str, reason: str) -> None:
+        kind, shape, preview = describe(self.namespace[name])
+        self.refused[name] = Variable(
+            name=name, type=kind, state="unsaved", shape=shape, preview=preview, reason=reason
+        )
+
+    def _groups(self) -> list[tuple[str, ...]]:
+        """Return the variables to save, those together that share mutable objects or refer to each other by name."""
+        while True:
+            saved = self._written - self.refused.keys()
+            keys = {
+                name: {*walk.seen, *walk.memory}
+                for name, walk in self._walks.items()
+                if name not in self.refused
+            }
+            while True:  # sharing spreads: a joined variable brings in those that share with it
+                components = _components(keys, {name: self._walks[name].live & saved for name in keys})
+                joined = {name for part in components if part & saved for name in part}
+                if joined <= saved:
+                    break
+                saved |= joined
+            spoilt = next((name for name in sorted(saved - self._written) if self._problems[name]), None)
+            if spoilt is None:
+                return sorted(tuple(sorted(part)) for part in components if part & saved)
+            self._refuse_sharing_with(spoilt, keys)
+
+    def _refuse_sharing_with(self, spoilt: str, keys: dict[str, set[int]]) -> None:
+        """Refuse the written variables that share with a variable that can't be saved, or stop asking for it."""
+        why = self._problems[spoilt][0].sentence(spoilt)
+        sharing = [name for name in self._written - self.refused.keys() if keys[name] & keys[spoilt]]
+        for name in sharing:
+            self._refuse(name, f"it shares an object with `{spoilt}`, which can't be saved ({why})")
+        if not sharing:
+            del self._walks[spoilt]  # it came in by way of others, which can do without it
+
+    def _pack(self, names: tuple[str, ...]) -> _Pack:
+        arrays = _shared_memory(self._walks[name] for name in names)
+        file = io.BytesIO()
+        buffers: list[memoryview] = []
+        sizes: dict[str, int] = {}
+
+        def keep(buffer: pickle.PickleBuffer) -> bool:
+            raw = buffer.raw()
+            if raw.nbytes < OUT_OF_BAND_BYTES:
+                return True
+            buffers.append(raw)
+            return False
+
+        pickler = _Pickler(file, self.namespace, frozenset(names), arrays, keep)
+        for name in names:
+            start, first = file.tell(), len(buffers)
+            try:
+                pickler.dump(self.namespace[name])
+            except Exception as error:
+                reason = str(error).strip() or type(error).__name__
+                raise _Refused(name, f"pickle refuses it ({reason[:300]}); {_PLAIN}") from error
+            sizes[name] = file.tell() - start + sum(buffer.nbytes for buffer in buffers[first:])
+        pack = _Pack(names, file.getvalue(), buffers, sizes)
+        small = len(pack.stream) <= VERIFIED_STREAM_BYTES
+        if self.verify and small and sum(buffer.nbytes for buffer in buffers) <= VERIFIED_BUFFER_BYTES:
+            self._verify(pack)
+        return pack
+
+    def _verify(self, pack: _Pack) -> None:
+        """Load a pickle back, beside the live namespace, and compare."""
+        scratch = dict(self.namespace)
+        current = pack.names[0]
+        try:
+            with rebuild.into(scratch):
+                values = load(pack.names, pack.stream, pack.buffers)
+            scratch.update(values)
+            for current in pack.names:
+                if fingerprint(values[current], scratch) != self.digest(current):
+                    raise _Refused(current, f"a copy of it does not come back equal; {_PLAIN}")
+            if len(pack.names) > 1:
+                before = [self.namespace[name] for name in pack.names]
+                after = [values[name] for name in pack.names]
+                if fingerprint(before, self.namespace) != fingerprint(after, scratch):
+                    raise _Refused(
+                        current, f"what it shares with other variables does not come back; {_PLAIN}"
+                    )
+        except _Refused:
+            raise
+        except Unfingerprintable as error:
+            raise _Refused(current, f"{error.reason}") from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            raise _Refused(
+                getattr(error, "variable", current), f"a copy of it can't be loaded ({reason}); {_PLAIN}"
+            ) from error
+
+
+def _components(keys: dict[str, set[int]], references: dict[str, set[str]]) -> list[set[str]]:
+    """Return the connected components of variables: by a common object, or by reference to a variable's name."""
+    leader = {name: name for name in keys}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+
+    owner: dict[int, str] = {}
+    for name, objects in keys.items():
+        for ident in objects:
+            leader[find(name)] = find(owner.setdefault(ident, name))
+        for other in references[name]:
+            if other in leader:
+                leader[find(name)] = find(other)
+    parts: dict[str, set[str]] = {}
+    for name in keys:
+        parts.setdefault(find(name), set()).add(name)
+    return list(parts.values())
+
+
+def _shared_memory(walks: Iterable[Walk]) -> set[int]:
+    """Return ids of the owners of memory that several arrays of a group look at."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not hasattr(numpy, "ndarray"):
+        return set()
+    arrays = {
+        ident: item for walk in walks for ident, item in walk.seen.items() if type(item) is numpy.ndarray
+    }
+    owners = [id(memory_owner(array)) for array in arrays.values()]
+    return {owner for owner in owners if owners.count(owner) > 1} if len(owners) < 1000 else _repeated(owners)
+
+
+def _repeated(idents: list[int]) -> set[int]:
+    seen: set[int] = set()
+    return {ident for ident in idents if ident in seen or seen.add(ident)}  # type: ignore[func-returns-value]
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles variables of the notebook.
+
+    Against cloudpickle: functions of the notebook keep no copy of their globals but read the live namespace
+    again; functions and classes that the namespace holds under their own name are stored by that name,
+    unless they are saved in this group; closure cells, array memory and dict views stay shared; a class
+    made anew never stands for, or changes, a living one; files and weak references are refused.
+    """
+
+    def __init__(
+        self,
+        file: io.BytesIO,
+        namespace: dict[str, Any],
+        names: frozenset[str],
+        shared_memory: set[int],
+        keep: Any,
+    ) -> None:
+        super().__init__(file, protocol=5, buffer_callback=keep)
+        self._namespace = namespace
+        self._names = names
+        self._shared = shared_memory
+        self._memories: dict[int, Any] = {}
+        self._empty: dict[int, types.CellType] = {}  # cells whose content a function carries
+        self._numpy: Any = sys.modules.get("numpy")
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        special = _REDUCERS.get(kind)
+        if special is not None:
+            return special(self, obj)
+        if isinstance(obj, type):
+            return self._class(obj)
+        if obj is dataclasses.MISSING or obj is dataclasses.KW_ONLY:
+            return "MISSING" if obj is dataclasses.MISSING else "KW_ONLY"
+        package = kind.__module__.partition(".")[0]
+        if package == "numpy" and kind is self._numpy.ndarray and self._shared:
+            return self._array(obj)
+        if package == "pyarrow" and isinstance(obj, sys.modules["pyarrow"].Array):
+            return _trimmed(obj)
+        return super().reducer_override(obj)
+
+    def _live(self, obj: Any) -> Any:
+        """Return the reduction to a name of the live namespace, None where there is none."""
+        name = live_name(obj, self._namespace)
+        return None if name is None or name.partition(".")[0] in self._names else (rebuild.live, (name,))
+
+    def _function(self, function: types.FunctionType) -> Any:
+        if importable(function) is not None:
+            return NotImplemented
+        if (reference := self._live(function)) is not None:
+            return reference
+        if not is_notebook_function(function, self._namespace):
+            return super().reducer_override(function)
+        cells = []
+        for cell in function.__closure__ or ():
+            if id(cell) not in self._empty:
+                self._empty[id(cell)] = cell
+                with suppress(ValueError):  # an empty cell
+                    cells.append((cell, cell.cell_contents))
+        attributes = {
+            "__dict__": dict(function.__dict__),
+            "__qualname__": function.__qualname__,
+            "__module__": function.__module__,
+            "__doc__": function.__doc__,
+            "__defaults__": function.__defaults__,
+            "__kwdefaults__": function.__kwdefaults__,
+            "__annotations__": function.__annotations__,
+        }
+        made = (function.__code__, function.__name__, function.__closure__)
+        return rebuild.function, made, (cells, attributes), None, None, rebuild.fill_function
+
+    def _cell(self, cell: types.CellType) -> Any:
+        if id(cell) in self._empty:
+            return rebuild.empty_cell, ()
+        self._empty[id(cell)] = cell
+        try:
+            content = cell.cell_contents
+        except ValueError:
+            return rebuild.empty_cell, ()
+        return rebuild.empty_cell, (), (content,), None, None, rebuild.fill_cell
+
+    def _class(self, kind: type) -> Any:
+        if importable(kind) is not None:
+            return NotImplemented
+        if (reference := self._live(kind)) is not None:
+            return reference
+        reduced = super().reducer_override(kind)
+        if isinstance(reduced, tuple) and len(reduced) == 6:
+            # cloudpickle's id would make it hand out, and set the attributes of, the living class of that id
+            make, arguments, *rest = reduced
+            return (make, (*arguments[:-2], None, arguments[-1]), *rest)
+        return reduced
+
+    def _lru(self, function: Any) -> Any:
+        if importable(function) is not None:
+            return NotImplemented
+        if (reference := self._live(function)) is not None:
+            return reference
+        settings = function.cache_parameters()
+        return rebuild.lru_cache, (function.__wrapped__, settings["maxsize"], settings["typed"])
+
+    def _view(self, view: memoryview) -> Any:
+        whole = type(view.obj) in (bytes, bytearray) and view.c_contiguous and view.nbytes == len(view.obj)
+        data = view.obj if whole else bytes(view) if view.readonly else bytearray(view)
+        return rebuild.view, (data, view.format, view.shape)
+
+    def _dict_view(self, view: Any) -> Any:
+        return rebuild.dict_view, (DICT_VIEWS[type(view)], underlying(view))
+
+    def _forbidden(self, obj: Any) -> Any:
+        trouble = unsaveable(obj)
+        raise pickle.PicklingError(f"{trouble.what}; {trouble.todo}" if trouble else f"{type(obj).__name__}")
+
+    def _array(self, array: Any) -> Any:
+        """Reduce an array whose memory others look at to a view on that memory."""
+        owner = memory_owner(array)
+        if id(owner) not in self._shared or any(array is memory for memory in self._memories.values()):
+            return NotImplemented
+        memory = self._memories.get(id(owner))
+        if memory is None:
+            memory = self._memories[id(owner)] = self._memory(owner)
+        offset = array.__array_interface__["data"][0] - memory.__array_interface__["data"][0]
+        return rebuild.array_view, (
+            memory,
+            array.dtype,
+            array.shape,
+            array.strides,
+            offset,
+            array.flags.writeable,
+        )
+
+    def _memory(self, owner: Any) -> Any:
+        """Return a flat array over all of the memory that an object owns."""
+        if not isinstance(owner, self._numpy.ndarray):
+            return self._numpy.frombuffer(owner, "u1")
+        if not owner.flags.forc:
+            raise pickle.PicklingError("its memory is shared in a way that can't be kept")
+        flat = owner.reshape(-1, order="A")
+        return flat if owner.dtype.hasobject else flat.view("u1")
+
+
+_REDUCERS: dict[type, Any] = {
+    types.FunctionType: _Pickler._function,
+    types.CellType: _Pickler._cell,
+    LruCacheWrapper: _Pickler._lru,
+    memoryview: _Pickler._view,
+    io.TextIOWrapper: _Pickler._forbidden,  # cloudpickle would make it a StringIO
+    weakref.WeakSet: _Pickler._forbidden,
+} | dict.fromkeys(DICT_VIEWS, _Pickler._dict_view)
+
+
+def _trimmed(array: Any) -> Any:
+    """Reduce an Arrow array without the parts of its parent that it does not show."""
+    arrow = sys.modules["pyarrow"]
+    if array.get_total_buffer_size() <= array.nbytes * 1.1 + 4096 and not array.offset:
+        return NotImplemented
+    batch = arrow.RecordBatch.from_arrays([array], names=[""])
+    sink = arrow.BufferOutputStream()
+    with arrow.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    compact = arrow.ipc.open_stream(sink.getvalue()).read_next_batch().column(0)
+    return compact.__reduce__()

@@ -1,0 +1,144 @@
+"""What a cell changed in a namespace.
+
+Owns the comparison of a namespace before and after a cell, by identity and by fingerprint, so that a change
+through an alias, a closure, a method or a function is found like a plain assignment. Knows no code: names
+that a cell merely binds again to the very same object are in `analysis.analyse(...).stores`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from nbdurable.checkpoint.fingerprint import fingerprint, immutable, partial_fingerprint
+from nbdurable.checkpoint.objects import Problem
+
+# `_`, `__`, `_i`, `_3`, `_i3`, `_oh` …, dunders, and what IPython itself puts there
+_KEPT_BY_IPYTHON = re.compile(r"_+|_i{1,3}|_i?\d+|_(ih|oh|dh|exit_code)|__\w+__|In|Out|exit|quit|get_ipython")
+
+
+def is_user_name(name: str) -> bool:
+    """Tell whether a name of the namespace is the user's, not one that Python or IPython keeps there."""
+    return _KEPT_BY_IPYTHON.fullmatch(name) is None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A variable at one moment; `value` gives the object, or a fresh one where it is gone."""
+
+    value: Callable[[], Any]
+    digest: str
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A namespace at one moment."""
+
+    variables: dict[str, Seen]
+    random: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a cell changed.
+
+    `bound`: names that are new or hold another object. `mutated`: names whose object changed.
+    `fingerprints`: of every variable, after the cell; one that can't be looked into whole begins with
+    `partly:` or `opaque:` and holds type names in place of what can't. `random`: whether `random` or
+    NumPy's global generator moved.
+    """
+
+    bound: frozenset[str]
+    mutated: frozenset[str]
+    deleted: frozenset[str]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    random: bool = False
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Return the names whose value a checkpoint must hold."""
+        return self.bound | self.mutated
+
+
+class Tracker:
+    """Compares a namespace before and after a cell. `ignore` says which further names are not the user's."""
+
+    def __init__(
+        self, namespace: Mapping[str, Any], ignore: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        self._namespace = namespace
+        self._ignore = ignore
+        self._constant: dict[
+            str, Seen
+        ] = {}  # variables whose value can't change as long as it is the same object
+
+    def snapshot(self) -> Snapshot:
+        """Look at all user variables."""
+        seen = {
+            name: self._look(name, value)
+            for name, value in list(self._namespace.items())
+            if self._is_ours(name)
+        }
+        self._constant = {name: item for name, item in seen.items() if immutable(item.value())}
+        return Snapshot(seen, _random_states())
+
+    def changes(self, before: Snapshot, mentioned: Collection[str] = ()) -> Changes:
+        """Return what changed since a snapshot.
+
+        `mentioned`: names that the cell's code reads, directly or through functions. Something that reading
+        uses up (a generator, an open file) counts as mutated when it is mentioned, since its position can't
+        always be seen.
+        """
+        after = self.snapshot()
+        bound, mutated = set(), set()
+        for name, now in after.variables.items():
+            then = before.variables.get(name)
+            if then is None or then.value() is not now.value():
+                bound.add(name)
+            elif then.digest != now.digest or (name in mentioned and any(p.stream for p in now.problems)):
+                mutated.add(name)
+        return Changes(
+            bound=frozenset(bound),
+            mutated=frozenset(mutated),
+            deleted=frozenset(before.variables.keys() - after.variables.keys()),
+            fingerprints={name: item.digest for name, item in after.variables.items()},
+            random=before.random != after.random,
+        )
+
+    def _is_ours(self, name: str) -> bool:
+        return is_user_name(name) and not self._ignore(name)
+
+    def _look(self, name: str, value: Any) -> Seen:
+        if isinstance(value, ModuleType):
+            return Seen(lambda: value, fingerprint(value))
+        known = self._constant.get(name)
+        if known is not None and known.value() is value:
+            return known
+        digest, problems = partial_fingerprint(value, self._namespace)
+        return Seen(_hold(value), digest, tuple(problems))
+
+
+def _hold(value: Any) -> Callable[[], Any]:
+    """Remember an object's identity, without keeping a large one alive where that can be avoided."""
+    if not isinstance(value, type):
+        try:
+            reference = weakref.ref(value)
+        except TypeError:
+            pass
+        else:
+            return lambda: object() if (found := reference()) is None else found
+    return lambda: value
+
+
+def _random_states() -> dict[str, str]:
+    states = {"random": fingerprint(random.getstate())}
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        states["numpy"] = fingerprint(numpy.get_state())
+    return states
