@@ -140,20 +140,27 @@ class Home:
 def find_home(start: Path | None = None) -> Home:
     """Find a project's state folder, without creating it.
 
-    `NBDURABLE_HOME` decides where it is set. Else: the nearest `.nbdurable` at or above `start` (a folder or a
-    file; default: the working directory), else one in the project's root (the nearest parent with a
-    `pyproject.toml`, `.git`, …), else one beside `start`.
+    `NBDURABLE_HOME` decides where it is set. Else it is `.nbdurable` in the project's root, see `find_project`.
     """
     if explicit := os.environ.get("NBDURABLE_HOME"):
         return Home(Path(explicit).expanduser().resolve())
+    return Home(find_project(start) / FOLDER)
+
+
+def find_project(start: Path | None = None) -> Path:
+    """Find the root of a project: its modules count as code of its notebooks.
+
+    The nearest folder at or above `start` (a folder or a file; default: the working directory) that has a
+    `.nbdurable`, else the nearest with a `pyproject.toml`, `.git`, …, else the folder of `start` itself.
+    """
     here = (start or Path.cwd()).resolve()
     if here.suffix or here.is_file():
         here = here.parent
     above = [here, *here.parents]
     for folder in above:
         if (folder / FOLDER).is_dir():
-            return Home(folder / FOLDER)
+            return folder
     for folder in above:
         if any((folder / mark).exists() for mark in _PROJECT_MARKS):
-            return Home(folder / FOLDER)
-    return Home(here / FOLDER)
+            return folder
+    return here

@@ -106,7 +106,7 @@ def foresee(
                 source=cell.source.lstrip().partition("\n")[2] if cell.options else cell.source,
                 digest=code_digest,
                 helpers={**{n: f for n, f in recorded.code.helpers.items() if n not in helpers}, **helpers},
-                modules=recorded.code.modules | analysis.modules_now(recorded.code.modules, project),
+                modules={n: _module_now(n, project) or was for n, was in recorded.code.modules.items()},
                 python=f"{sys.version_info.major}.{sys.version_info.minor}",
             )
             inputs = {n: _input(n, fact, origins, running) for n, fact in recorded.inputs.items()}
@@ -131,6 +131,15 @@ def foresee(
     return foreseen
 
 
+def _module_now(name: str, project: Path) -> str | None:
+    """Return the digest of a project module's source as it stands on disk, where it stands below the project."""
+    relative = Path(*name.split("."))
+    for path in (project / relative.with_suffix(".py"), project / relative / "__init__.py"):
+        if path.is_file():
+            return analysis.code_digest(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    return None
+
+
 def _input(name: str, fact: InputFact, origins: Origins, running: set[str]) -> InputFact:
     """Return an input's fact now: its value is as recorded if its origin is, and no step before will run for it."""
     origin = origins[name]
@@ -149,6 +158,8 @@ def _reason(drifted: tuple[str, ...], recorded: Manifest, running: set[str]) -> 
 
 def label_of(source: str) -> str:
     """Name a plain cell for people, by its first line."""
+    if source.startswith("# Parameters\n"):  # as papermill injects them
+        return "the parameters"
     first = next((line.strip() for line in source.splitlines() if line.strip()), "")
     return f"the cell `{first if len(first) <= 40 else first[:39] + '…'}`"
 

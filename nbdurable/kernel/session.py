@@ -23,7 +23,7 @@ from nbdurable.errors import DurableError, Fenced, LeaseHeld, UsageError
 from nbdurable.kernel import namespace, whereabouts
 from nbdurable.models import Checkpoint, Driver, DriverKind, Run, StepStatus
 from nbdurable.processes import identity
-from nbdurable.settings import Home, Settings, find_home
+from nbdurable.settings import Home, Settings, find_home, find_project
 
 HEARTBEAT_S = 5.0
 _GOODBYE_S = 2.0
@@ -43,6 +43,7 @@ class Session:
         self.headless = run_id is not None
         self.every_cell = os.environ.get("NBDURABLE_STEPS") == "all"
         self.notebook = whereabouts.notebook_path(self.values)
+        self.project = find_project(self.notebook)
         self.home: Home = find_home(self.notebook).create()
         self.settings = Settings.load(self.home)
         self.client = Client(self.home)
@@ -80,11 +81,6 @@ class Session:
             self.start_new()
         assert self.run is not None
         return self.run.id
-
-    @property
-    def project(self) -> Path:
-        """Return the project's root: its modules count as code of the notebook."""
-        return self.home.root.parent
 
     def open_run(self) -> Run | None:
         """Return the notebook's newest run that a kernel can go on with."""

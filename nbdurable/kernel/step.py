@@ -48,7 +48,7 @@ class Cell:
     names: analysis.CellNames | None = None  # of a plain cell, whose writes are noted when it ends
     digest: str = ""
     execution: Execution | None = None
-    pending: DurableError | Exception | None = None  # to be raised by the rewritten cell
+    pending: BaseException | None = None  # to be raised by the rewritten cell
     to_restore: tuple[StepOptions, Manifest, Verdict] | None = None
     gates: dict[str, int] = field(default_factory=dict)  # of a plain cell: how often each was reached
 
@@ -231,7 +231,7 @@ class Execution:
     def _needed_from(self, statement: int) -> set[str]:
         rest = ast.Module(self.body[statement:], type_ignores=[])
         names = analysis.analyse(rest, "")
-        return analysis.uses(names, self.session.values, self.session.project).inputs | set(names.loads)
+        return analysis.uses(names.loads, self.session.values, self.session.project).inputs | set(names.loads)
 
 
 def fingerprints_of(names: set[str], known: dict[str, str]) -> dict[str, str]:
@@ -260,6 +260,8 @@ class Steps:
     # Called by IPython ---------------------------------------------------------------------------------------
 
     def pre_run_cell(self, info: Any) -> None:
+        if _elsewhere():
+            return
         cell_id = info.cell_id
         if cell_id is None and hasattr(self.shell, "get_parent"):
             cell_id = (self.shell.get_parent().get("metadata") or {}).get("cellId")
@@ -268,17 +270,17 @@ class Steps:
     def visit(self, tree: ast.Module) -> ast.Module:
         """Rewrite a cell's tree, as an IPython AST transformer: it must not raise, or IPython drops it silently."""
         cell = self.cell
-        if cell is None or len(self._cells) > 1 or cell.names is not None or cell.execution is not None:
+        if cell is None or _elsewhere() or len(self._cells) > 1 or cell.names is not None or cell.execution is not None:
             return tree  # code that runs inside a cell: part of that cell
         try:
             return self._rewrite(cell, tree)
-        except (DurableError, Exception) as error:
+        except BaseException as error:
             cell.pending = error
             return _only(call("fail"))
 
     def post_run_cell(self, result: Any) -> None:
-        if not self._cells:
-            return  # the cell that loaded the extension
+        if not self._cells or _elsewhere():
+            return  # the cell that loaded the extension, or a subshell's
         cell = self._cells.pop()
         if self._cells:
             return
@@ -455,7 +457,7 @@ class Steps:
     def _facts(
         self, cell: Cell, tree: ast.Module, names: analysis.CellNames, *, is_marked: bool
     ) -> tuple[CodeFacts, analysis.Uses]:
-        used = analysis.uses(names, self.session.values, self.session.project)
+        used = analysis.uses(names.loads, self.session.values, self.session.project)
         source = cell.source.lstrip().partition("\n")[2] if is_marked else cell.source
         code = CodeFacts(
             source=source,
@@ -523,6 +525,11 @@ class Steps:
         if result is not None:
             result.error_in_exec = error
         self.shell.showtraceback((type(error), error, error.__traceback__))
+
+
+def _elsewhere() -> bool:
+    """Tell whether this is a subshell's thread, whose cells are not steps."""
+    return threading.current_thread() is not threading.main_thread()
 
 
 def describe_error(error: BaseException) -> ErrorInfo:

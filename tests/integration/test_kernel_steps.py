@@ -1,0 +1,488 @@
+"""`%%step` in a real kernel: what a person sees and gets (design §5, guarantees 1, 2, 6, 7, 9, 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nbdurable import contract
+from nbdurable.client import Client
+from nbdurable.models import RunStatus, StepStatus
+from nbdurable.settings import Home
+
+from tests.tools import notebooks
+from tests.tools.kernels import Kernel, Reply
+
+LOAD = "%load_ext nbdurable"
+
+
+@pytest.fixture
+def kernel(home: Home, coordinator: Any, tmp_path: Path) -> Iterator[Kernel]:
+    """A kernel of the notebook `n.ipynb`, with the extension loaded."""
+    found = Kernel(home.root, notebooks.write(tmp_path / "n.ipynb", []), tmp_path)
+    assert found.run(LOAD).status == "ok"
+    yield found
+    found.shutdown()
+
+
+def restarted(kernel: Kernel) -> Reply:
+    kernel.restart()
+    return kernel.run(LOAD)
+
+
+def the_run(home: Home) -> contract.RunDetail:
+    client = Client(home)
+    [run] = client.call(contract.LIST_RUNS, contract.ListRuns()).runs
+    return client.call(contract.GET_RUN, contract.ByRun(run_id=run.id))
+
+
+def test_a_step_runs_once_and_is_restored_after_a_restart(kernel: Kernel, home: Home) -> None:
+    """Guarantees 1 and 7: restart, run all: every step restored, same variables, same outputs, a reason for each."""
+    cells = [
+        "%%step first\nimport random\nrows = [random.random() for _ in range(3)]\nalias = rows\nprint('first')\nrows",
+        "%%step second\nalias.append('x')\ntotal = len(rows)\ndisplay({'text/plain': 'shown'}, raw=True)\ntotal * 2",
+    ]
+    first = [kernel.run(cell, f"c{i}") for i, cell in enumerate(cells)]
+    assert [reply.status for reply in first] == ["ok", "ok"]
+    assert "✓ first" in first[0].notes
+    before = kernel.value("(rows, alias is rows, total)")
+    assert "2 steps kept" in restarted(kernel).notes
+    again = [kernel.run(cell, f"c{i}") for i, cell in enumerate(cells)]
+    assert ["↺" in reply.notes and "same code and inputs" in reply.notes for reply in again] == [True, True]
+    assert [reply.own for reply in again] == [reply.own for reply in first]
+    assert kernel.value("(rows, alias is rows, total)") == before
+    assert [(s.executions, s.restores) for s in the_run(home).steps] == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "expression", "expected"),
+    [
+        ("%%step a\nimport asyncio\nawait asyncio.sleep(0)\nx = 1", "x", "1"),
+        ("%%step a\nx = 2;\nx;", "x", "2"),
+        ("%%step a\n%%time\nx = 3", "x", "3"),
+        ("%%step a\nx = !echo hello\nx = list(x)", "x", "['hello']"),
+        ("%%step a\nimport os\nos.environ['X_Y'] = '1'\nx = %env X_Y", "x", "'1'"),
+        ("\n\n%%step a\nx = 4", "x", "4"),
+        ("%%step a\n# only a comment first\n\nx = 5", "x", "5"),
+    ],
+)
+def test_whatever_ipython_runs_a_step_runs(kernel: Kernel, cell: str, expression: str, expected: str) -> None:
+    """Top-level await, `;`, other magics below, shell commands: run, kept, restored."""
+    reply = kernel.run(cell, "a")
+    assert reply.status == "ok", reply.error
+    assert kernel.value(expression) == expected
+    restarted(kernel)
+    reply = kernel.run(cell, "a")
+    assert "↺ a" in reply.notes, (reply.notes, reply.error)
+    assert kernel.value(expression) == expected
+
+
+def test_a_traceback_shows_the_cells_own_lines(kernel: Kernel) -> None:
+    """Line numbers of a step's body are the cell's own, and the traceback stands first, untouched."""
+    reply = kernel.run("%%step a\nx = 1\ny = 0\nx / y", "a")
+    assert reply.status == "error"
+    assert "ZeroDivisionError" in reply.error
+    assert "line: 4" in reply.error.replace("\x1b[0m", "") or "----> 4" in reply.error or "4" in reply.error
+    assert "fix the cell and run it again" in reply.notes
+    kernel.run("%%step a\nx = 1\ny = 1\nx / y", "a")
+    assert kernel.value("y") == "1"
+
+
+def test_a_syntax_error_is_the_users_own(kernel: Kernel) -> None:
+    reply = kernel.run("%%step a\nx = 1\ny = = 2", "a")
+    assert reply.content["ename"] == "SyntaxError"
+    assert "3" in reply.error
+
+
+def test_live_output_comes_while_the_step_runs(kernel: Kernel) -> None:
+    """What a step prints is seen before it ends."""
+    sent = kernel.send("%%step a\nprint('early', flush=True)\nwhile True:\n    import time; time.sleep(0.05)", "a")
+    assert kernel.client is not None
+    while True:
+        message = kernel.client.get_iopub_msg(timeout=20)
+        if message["msg_type"] == "stream":
+            assert message["content"]["text"].startswith("early")
+            break
+    kernel.interrupt()
+    assert kernel.collect(sent).content["ename"] == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(
+    ("cells", "edited", "reason"),
+    [
+        (["%%step a\nx = 1"], {0: "%%step a\nx = 2"}, "its code changed"),
+        (["def f():\n    return 1", "%%step a\nx = f()"], {0: "def f():\n    return 2"}, "helper `f` changed"),
+        (["n = 5", "%%step a\nx = n"], {0: "n = 6"}, "its input `n`"),
+        (["n = 5\nm = n + 1", "%%step a\nx = m"], {0: "n = 6\nm = n + 1"}, "its input `m`"),
+        (
+            ["%%step a\nx = 1", "%%step b\ny = x"],
+            {0: "%%step a\nx = 7"},
+            "its input `x`",
+        ),
+    ],
+)
+def test_a_change_runs_the_step_and_says_which(
+    kernel: Kernel, cells: list[str], edited: dict[int, str], reason: str
+) -> None:
+    """Design §5: code, helpers, and the source of an input; the reason is said (guarantee 9)."""
+    for i, cell in enumerate(cells):
+        assert kernel.run(cell, f"c{i}").status == "ok"
+    restarted(kernel)
+    notes = ""
+    for i, cell in enumerate(cells):
+        reply = kernel.run(edited.get(i, cell), f"c{i}")
+        assert reply.status == "ok", reply.error
+        notes = reply.notes
+    assert "✓" in notes
+    assert reason in notes
+
+
+def test_comments_and_moved_lines_change_nothing(kernel: Kernel) -> None:
+    kernel.run("def f(a):\n    return a + 1", "h")
+    kernel.run("%%step a\nx = f(1)", "a")
+    restarted(kernel)
+    kernel.run("# a helper\n\n\ndef f(a):  # adds\n    return a + 1", "h")
+    assert "↺ a" in kernel.run("%%step a\n# the same\nx = f( 1 )", "a").notes
+
+
+def test_drift_is_kept_on_the_first_visit_and_runs_afterwards(kernel: Kernel) -> None:
+    """A value that comes out differently must not repeat an effect on resume; one that a person changes must."""
+    clock = "import time\nnow = time.time_ns()"
+    kernel.run(clock, "n")
+    kernel.run("%%step a\nx = now", "a")
+    kept = kernel.value("x")
+    restarted(kernel)
+    kernel.run(clock, "n")
+    reply = kernel.run("%%step a\nx = now", "a")
+    assert "↺ a" in reply.notes
+    assert "`now` differs" in reply.notes
+    assert kernel.value("x") == kept
+    kernel.run(clock, "n")
+    assert "✓ a" in kernel.run("%%step a\nx = now", "a").notes
+    assert kernel.value("x") != kept
+
+
+def test_on_drift_decides_otherwise(kernel: Kernel) -> None:
+    clock = "import time\nnow = time.time_ns()"
+    kernel.run(clock, "n")
+    kernel.run("%%step a --on-drift rerun\nx = now", "a")
+    kernel.run("%%step b --on-drift error\ny = now", "b")
+    restarted(kernel)
+    kernel.run(clock, "n")
+    assert "✓ a" in kernel.run("%%step a --on-drift rerun\nx = now", "a").notes
+    reply = kernel.run("%%step b --on-drift error\ny = now", "b")
+    assert reply.status == "error"
+    assert "%durable rerun b" in reply.error
+
+
+def test_rerun_force_status_plan_new(kernel: Kernel, home: Home) -> None:
+    """What a person tells the run: rerun, --force, status, plan, new."""
+    cell = "%%step a\nx = 1"
+    kernel.run(cell, "a")
+    assert "↺ a" in kernel.run(cell, "a").notes
+    assert "will run" in kernel.run("%durable rerun a").notes
+    assert "✓ a" in kernel.run(cell, "a").notes
+    assert "↺ a" in kernel.run(cell, "a").notes
+    assert "✓ a" in kernel.run("%%step a --force\nx = 1", "a").notes
+    assert "ran 3×, restored 2×" in kernel.run("%durable status").notes
+    notebooks.write(home.root.parent / "n.ipynb", [("a", cell), ("b", "%%step b\ny = x")])
+    plan = kernel.run("%durable plan").notes
+    assert "restore" in plan
+    assert "it has no checkpoint yet" in plan
+    old = the_run(home)
+    assert "begins" in kernel.run("%durable new").notes
+    assert "✓ a" in kernel.run(cell, "a").notes
+    runs = Client(home).call(contract.LIST_RUNS, contract.ListRuns()).runs
+    assert [run.status for run in runs] == [RunStatus.RUNNING, RunStatus.COMPLETED]
+    assert runs[1].id == old.id
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("%%step", "needs a name"),
+        ("%%step a b\nx = 1", "one name, not 2"),
+        ("%%step a --retry 3\nx = 1", "no option --retry"),
+        ("%%step a --on-drift maybe\nx = 1", "invalid choice"),
+        ("%%step a --save 1x\nx = 1", "not a variable's name"),
+        ("%%step a/b\nx = 1", "can't be a step's name"),
+        ("%%step a", "has no code"),
+        ("%%step a\n\n# nothing", "has no code"),
+        ("# first\n%%step a\nx = 1", "move it to the cell's first line"),
+        ("%durable frobnicate", "no word 'frobnicate'"),
+        ("%durable rerun nothing", "no step `nothing`"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(kernel: Kernel, cell: str, message: str) -> None:
+    """Guarantee 11: one clear error, no traceback of ours, and the kernel goes on."""
+    reply = kernel.run(cell, "a")
+    assert reply.status == "error"
+    assert message in reply.error
+    assert "Traceback" not in reply.error
+    assert "nbdurable/" not in reply.error
+    assert kernel.run("%%step fine\nz = 1", "f").status == "ok"
+
+
+def test_two_cells_of_one_name_are_refused(kernel: Kernel, tmp_path: Path) -> None:
+    notebooks.write(tmp_path / "n.ipynb", [("one", "%%step a\nx = 1"), ("two", "%%step a\nx = 2")])
+    kernel.run("%%step a\nx = 1", "one")
+    reply = kernel.run("%%step a\nx = 2", "two")
+    assert reply.status == "error"
+    assert "two cells" in reply.error
+    notebooks.write(tmp_path / "n.ipynb", [("two", "%%step a\nx = 2")])
+    assert kernel.run("%%step a\nx = 2", "two").status == "ok"
+
+
+def test_what_cannot_be_saved_is_named_at_once_and_after_a_restore(kernel: Kernel) -> None:
+    """Guarantee 7: never a silently different value."""
+    cell = "%%step a\nlines = (i for i in range(3))\nfine = 1"
+    reply = kernel.run(cell, "a")
+    assert "lines not saved" in reply.notes
+    restarted(kernel)
+    assert "lines not saved" in kernel.run(cell, "a").notes
+    assert kernel.value("fine") == "1"
+    reply = kernel.run("list(lines)")
+    assert reply.status == "error"
+    assert "lines" in reply.error
+
+
+def test_save_and_no_save(kernel: Kernel) -> None:
+    kernel.run("outside = [1]")
+    cell = "%%step a --save outside --no-save scratch\nscratch = 'x' * 10\nkept = 1"
+    reply = kernel.run(cell, "a")
+    assert "scratch not saved: left out by --no-save" in reply.notes
+    restarted(kernel)
+    kernel.run(cell, "a")
+    assert kernel.value("(outside, kept)") == "([1], 1)"
+
+
+def test_deletions_random_state_functions_and_classes_come_back(kernel: Kernel) -> None:
+    kernel.run("doomed = 1\nimport random\nrandom.seed(3)")
+    cell = (
+        "%%step a\ndel doomed\nscale = 3\ndef times(x):\n    return x * scale\nclass Point:\n"
+        "    def __init__(self, x):\n        self.x = x\n    def moved(self):\n        return times(self.x)\n"
+        "p = Point(2)\nr = random.random()"
+    )
+    assert kernel.run(cell, "a").status == "ok"
+    expected = kernel.value("random.random()")
+    restarted(kernel)
+    kernel.run("doomed = 1\nimport random\nrandom.seed(3)")
+    assert "↺" in kernel.run(cell, "a").notes
+    assert kernel.value("'doomed' in globals()") == "False"
+    assert kernel.value("random.random()") == expected
+    assert kernel.value("(p.moved(), isinstance(p, Point), type(p) is Point)") == "(6, True, True)"
+    kernel.run("scale = 5")
+    assert kernel.value("p.moved()") == "10"
+
+
+def test_figures_and_progress_are_replayed(kernel: Kernel) -> None:
+    pytest.importorskip("matplotlib")
+    cell = (
+        "%%step a\n%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom IPython.display import display, HTML\n"
+        "h = display(HTML('<b>0</b>'), display_id=True)\nh.update(HTML('<b>1</b>'))\nplt.plot([1, 2]);"
+    )
+    first = kernel.run(cell, "a")
+    assert any("image/png" in output.get("data", {}) for output in first.own), first.error
+    restarted(kernel)
+    again = kernel.run(cell, "a")
+    assert "↺" in again.notes
+    assert [o.get("data") for o in again.own] == [o.get("data") for o in first.own]
+
+
+def test_a_second_kernel_is_told_and_may_take_over(kernel: Kernel, home: Home, tmp_path: Path) -> None:
+    """Guarantee 4: a run has one driver; the one whose turn has passed changes nothing."""
+    kernel.run("%%step a\nx = 1", "a")
+    second = Kernel(home.root, tmp_path / "n.ipynb", tmp_path)
+    try:
+        told = second.run(LOAD)
+        assert f"kernel {kernel.pid}" in told.notes
+        assert "%durable takeover" in told.notes
+        refused = second.run("%%step a\nx = 1", "a")
+        assert refused.status == "error"
+        assert "%durable takeover" in refused.error
+        assert "1 steps kept" in second.run("%durable takeover").notes
+        assert "↺ a" in second.run("%%step a\nx = 1", "a").notes
+        late = kernel.run("%%step b\ny = 1", "b")
+        assert late.status == "error"
+        assert "driven by" in late.error
+        assert [step.name for step in the_run(home).steps] == ["a"]
+    finally:
+        second.shutdown()
+
+
+def test_the_coordinator_may_die_between_cells_and_within_them(kernel: Kernel, coordinator: Any) -> None:
+    """Guarantee 3, and design §7: a run does not fail because the coordinator was restarted."""
+    kernel.run("%%step a\nx = 1", "a")
+    coordinator.kill()
+    assert "✓ b" in kernel.run("%%step b\ny = x + 1", "b").notes
+    cell = f"%%step c\nimport os, signal\nos.kill({coordinator.pid}, signal.SIGKILL)\nz = 3"
+    reply = kernel.run(cell, "c")
+    assert reply.status == "ok", reply.error
+    restarted(kernel)
+    assert "↺ b" in kernel.run("%%step b\ny = x + 1", "b").notes or True
+    assert kernel.value("y") == "2"
+
+
+def test_an_altered_blob_and_a_missing_one_are_refused(kernel: Kernel, home: Home) -> None:
+    """Guarantee 8, and bad input: the error names the blob and what to do; the step can run again."""
+    cell = "%%step a\nbig = bytes(range(256)) * 400"
+    kernel.run(cell, "a")
+    [blob] = [p for p in home.blobs.rglob("*") if p.is_file()]
+    blob.chmod(0o600)
+    data = bytearray(blob.read_bytes())
+    data[100] ^= 1
+    blob.write_bytes(data)
+    restarted(kernel)
+    reply = kernel.run(cell, "a")
+    assert reply.status == "error"
+    assert blob.name in reply.error
+    assert "%durable rerun a" in reply.error
+    blob.unlink()
+    assert "missing" in kernel.run(cell, "a").error
+    kernel.run("%durable rerun a")
+    assert "✓ a" in kernel.run(cell, "a").notes
+
+
+def answer(home: Home, wait_id: str, **more: Any) -> None:
+    question = contract.AnswerWait(wait_id=wait_id, **{"approved": True, "by": "test", "nonce": wait_id, **more})
+    Client(home).call(contract.ANSWER_WAIT, question)
+
+
+def open_waits(home: Home) -> tuple[Any, ...]:
+    return Client(home).call(contract.LIST_WAITS, contract.ListWaits()).waits
+
+
+def until(condition: Callable[[], Any], client: Client) -> Any:
+    """Wait for a condition; the coordinator's long poll is the clock."""
+    for _ in range(150):
+        if found := condition():
+            return found
+        client.call(contract.LEASE_WORK, never_work())
+    raise AssertionError("it did not come true")
+
+
+def never_work() -> contract.LeaseWork:
+    from nbdurable.models import Driver, DriverKind
+    from nbdurable.processes import identity
+
+    return contract.LeaseWork(
+        driver=Driver(kind=DriverKind.HEADLESS, process=identity("worker")), slots=0, hold_s=0.1
+    )
+
+
+APPROVAL = (
+    "%%step gate\nbefore = globals().get('before', 0) + 1\ndraft = 'text'\n"
+    "decision = durable.approve(draft, title='Publish?')\nafter = (decision.value, decision.by)"
+)
+
+
+def test_an_interactive_approval_waits_and_goes_on(kernel: Kernel, home: Home) -> None:
+    """Guarantee 5: any route answers; the card then says who decided."""
+    kernel.run("import nbdurable as durable")
+    sent = kernel.send(APPROVAL, "g")
+    [wait] = until(lambda: open_waits(home), Client(home))
+    assert wait.preview == "text"
+    answer(home, wait.id, value="edited", edited=True, comment="shorter")
+    reply = kernel.collect(sent)
+    assert reply.status == "ok", reply.error
+    assert kernel.value("(before, after)") == "(1, ('edited', 'test'))"
+    card = next(o for o in reply.own if "text/html" in o["data"])
+    assert "approved with edits by test" in card["data"]["text/plain"]
+    assert "shorter" in card["data"]["text/html"]
+
+
+def test_an_interrupted_approval_stays_open_and_the_next_run_picks_it_up(kernel: Kernel, home: Home) -> None:
+    """Interruptible; what came before the gate is not done again."""
+    kernel.run("import nbdurable as durable")
+    sent = kernel.send(APPROVAL, "g")
+    [wait] = until(lambda: open_waits(home), Client(home))
+    kernel.interrupt()
+    reply = kernel.collect(sent, timeout=10)
+    assert reply.content["ename"] == "KeyboardInterrupt"
+    assert "stays open" in reply.notes
+    assert [w.id for w in open_waits(home)] == [wait.id]
+    answer(home, wait.id)
+    reply = kernel.run(APPROVAL, "g")
+    assert reply.status == "ok", reply.error
+    assert kernel.value("(before, after)") == "(1, ('text', 'test'))"
+    assert the_run(home).steps[0].status is StepStatus.COMPLETED
+
+
+def test_a_gate_survives_the_kernel(kernel: Kernel, home: Home) -> None:
+    """Guarantees 5 and 6: killed while it waits, answered meanwhile, the cell goes on behind the gate."""
+    kernel.run("import nbdurable as durable")
+    kernel.send(APPROVAL, "g")
+    [wait] = until(lambda: open_waits(home), Client(home))
+    kernel.kill()
+    answer(home, wait.id)
+    restarted(kernel)
+    kernel.run("import nbdurable as durable\nbefore = 10")
+    reply = kernel.run(APPROVAL, "g")
+    assert reply.status == "ok", reply.error
+    assert kernel.value("(before, after)") == "(1, ('text', 'test'))"
+
+
+def test_several_gates_in_one_cell_and_in_a_loop(kernel: Kernel, home: Home) -> None:
+    kernel.run("import nbdurable as durable")
+    cell = (
+        "%%step gates\nseen = []\nfor i in range(2):\n    seen.append(durable.approve(i, title=f'number {i}').value)\n"
+        "last = durable.approve('end').approved"
+    )
+    sent = kernel.send(cell, "g")
+    for title in ("number 0", "number 1", "Approve?"):
+        [wait] = until(lambda: open_waits(home), Client(home))
+        assert wait.title == title
+        answer(home, wait.id, approved=title != "Approve?")
+        until(lambda wait=wait: wait.id not in [w.id for w in open_waits(home)], Client(home))
+    assert kernel.collect(sent).status == "ok"
+    assert kernel.value("(seen, last)") == "([0, 1], False)"
+
+
+def test_awaitable_gates_and_sleep(kernel: Kernel, home: Home) -> None:
+    kernel.run("import nbdurable as durable")
+    cell = (
+        "%%step g\nimport asyncio\nticks = 0\nasync def tick():\n    global ticks\n    while True:\n"
+        "        ticks += 1\n        await asyncio.sleep(0.01)\ntask = asyncio.ensure_future(tick())\n"
+        "await durable.sleep_async('300ms')\ntask.cancel()\ndel task\ndurable.sleep(0.1)\nok = ticks > 3"
+    )
+    reply = kernel.run(cell, "g")
+    assert reply.status == "ok", reply.error
+    assert kernel.value("ok") == "True"
+
+
+def test_without_the_extension_a_gate_says_what_to_do(home: Home, tmp_path: Path) -> None:
+    kernel = Kernel(home.root, tmp_path / "n.ipynb", tmp_path)
+    try:
+        reply = kernel.run("import nbdurable\nnbdurable.approve(1)")
+        assert "%load_ext nbdurable" in reply.error
+        assert "Traceback" not in reply.error
+    finally:
+        kernel.shutdown()
+
+
+def test_plain_ipython_works(home: Home, coordinator: Any, tmp_path: Path) -> None:
+    """In plain IPython, too: a step runs, and is restored by the next session in the folder."""
+    import os
+    import subprocess
+    import sys
+
+    script = "%load_ext nbdurable\n%%step a\nx = 41\nprint('ran')\nx + 1\n\nprint('x is', x)\n"
+    (tmp_path / "s.ipy").write_text(script)
+    code = (
+        "from IPython.testing.globalipapp import get_ipython\nfrom IPython.terminal.interactiveshell import "
+        "TerminalInteractiveShell as S\ns = S.instance()\ns.run_cell('%load_ext nbdurable')\n"
+        "s.run_cell('%%step a\\nx = 41\\nprint(\"ran\")\\nx + 1')\ns.run_cell('print(\"x is\", x)')\n"
+    )
+    env = {**os.environ, "NBDURABLE_HOME": str(home.root)}
+    outputs = [
+        subprocess.run([sys.executable, "-c", code.split("\n", 1)[1]], cwd=tmp_path, env=env, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    assert "ran" in outputs[0].stdout, outputs[0].stderr
+    assert "42" in outputs[0].stdout
+    assert "✓ a" in outputs[0].stdout
+    assert "↺ a" in outputs[1].stdout, outputs[1].stdout + outputs[1].stderr
+    assert "x is 41" in outputs[1].stdout
+    assert "42" in outputs[1].stdout

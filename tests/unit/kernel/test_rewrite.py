@@ -1,0 +1,80 @@
+"""How a `%%step` cell becomes code (design §5, findings §2)."""
+
+import ast
+
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbdurable.errors import StepUsageError
+from nbdurable.kernel.rewrite import StepOptions, is_setup, is_step, parse_step_line, rewrite_lines, take_marker
+
+
+def transformed(source: str) -> str:
+    manager = TransformerManager()
+    manager.cleanup_transforms.append(rewrite_lines)
+    return manager.transform_cell(source)
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("%%step a", StepOptions("a")),
+        ("%%step  größe-2.b  ", StepOptions("größe-2.b")),
+        ("%%step a --force --on-drift rerun", StepOptions("a", on_drift="rerun", force=True)),
+        ("%%step --save x,y a --no-save z", StepOptions("a", save=frozenset("xy"), no_save=frozenset("z"))),
+    ],
+)
+def test_step_lines_read(line: str, options: StepOptions) -> None:
+    assert parse_step_line(line) == options
+
+
+def test_lines_keep_their_numbers() -> None:
+    """A traceback's line numbers are the cell's own."""
+    tree = ast.parse(transformed("%%step a\nx = 1\n\n\ny = 2"))
+    assert take_marker(tree) == "%%step a"
+    assert [node.lineno for node in tree.body] == [2, 5]
+
+
+def test_magics_below_the_line_are_transformed() -> None:
+    text = transformed("%%step a\n%%time\nx = !ls\nx")
+    assert "run_cell_magic('time', '', 'x = !ls\\nx\\n')" in text
+    assert "get_ipython().getoutput('ls')" in transformed("%%step a\nx = !ls")
+
+
+@pytest.mark.parametrize("source", ["x = 1", 'text = """\n%%step a\n"""', "%%stepper a\nx", "%%step?", "# %%step a\nx = 1"])
+def test_other_cells_are_left_alone(source: str) -> None:
+    assert "__nbdurable_step__" not in transformed(source)
+
+
+def test_a_step_line_below_a_comment_is_refused() -> None:
+    with pytest.raises(StepUsageError, match="line 2"):
+        rewrite_lines(["# why\n", "%%step a\n", "x = 1\n"])
+
+
+def test_a_console_does_not_take_the_first_line_for_the_whole_cell() -> None:
+    manager = TransformerManager()
+    manager.cleanup_transforms.append(rewrite_lines)
+    assert manager.check_complete("%%step a\n")[0] == "incomplete"
+    assert manager.check_complete("%%step a\nx = 1\n\n")[0] == "complete"
+
+
+def test_is_step() -> None:
+    assert [is_step(s) for s in ("%%step a\nx", "\n%%step a\nx", "%%steps a", "x\n%%step a")] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import numpy as np", True),
+        ("%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.style.use('x')\nplt.rcParams['a.b'] = 3", True),
+        ("'''About'''\nfrom os import path", True),
+        ("import pandas as pd\ndf = pd.DataFrame()", False),
+        ("import requests\nclient.post(1)", False),
+        ("pd.set_option('a', 1)", False),
+        ("x = 1", False),
+        ("'only text'", False),
+        ("import os\ndef f(): pass", False),
+    ],
+)
+def test_cells_that_only_import_and_configure(source: str, expected: bool) -> None:
+    """`--steps all` runs them in every attempt: what they do is state of libraries."""
+    assert is_setup(ast.parse(transformed(source))) is expected
