@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from nbdurable.cli import parameters
-from nbdurable.cli.project import approval_page, choose_home, connect, hint
+from nbdurable.cli.project import approval_page, choose_home, connect, hint, with_output
 from nbdurable.cli.screen import Screen, warn
 from nbdurable.contract import (
     ANSWER_WAIT,
@@ -210,6 +210,7 @@ def run(
         screen.say(f"run {created.short} goes on. Follow it: ", (command(f"logs -f {created.short}"), "bold"))
         screen.say("  cancel it: ", (command(f"cancel {created.short}"), "bold"))
         raise typer.Exit(INTERRUPTED) from None
+    ended = with_output(client.home, ended)
     status = conclude(ended, screen, command)
     if as_json:
         screen.data(ended)
@@ -246,7 +247,7 @@ def show(run: RunId, as_json: Json = False) -> None:
     from nbdurable.cli.tables import print_run
 
     client = connect()
-    detail = client.call(GET_RUN, ByRun(run_id=run))
+    detail = with_output(client.home, client.call(GET_RUN, ByRun(run_id=run)))
     screen = Screen(json=as_json)
     if as_json:
         screen.data(detail)
@@ -448,7 +449,7 @@ def down(as_json: Json = False) -> None:
 
 @app.command(epilog="Example: nbdurable worker")
 def worker() -> None:
-    """Run a worker in front: it executes queued runs until Ctrl-C."""
+    """Run a worker in front: it executes queued runs, until there are none or Ctrl-C."""
     from nbdurable.cli.service import run_worker
 
     raise typer.Exit(run_worker(find_home()))

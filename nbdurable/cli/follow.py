@@ -37,13 +37,10 @@ Address = Callable[[Wait], str | None]  # the page on which a wait can be answer
 def step_line(step: Step, *, restored: bool) -> Line | None:
     """Return the line that a step's state deserves, None while there is nothing to say.
 
+    A failure is told by the attempt after it, or at the run's end, below the user's own traceback.
     `restored`: whether the newest decision put its checkpoint back.
     """
     name = f" {step.name:<{_NAME_WIDTH}}  "
-    if step.status is StepStatus.FAILED:
-        error = step.attempts[-1].error if step.attempts else None
-        said = f"{error.name}: {error.message}" if error else step.reason
-        return (("✗", "red"), name, clip(said, 160))
     if step.status not in (StepStatus.COMPLETED, StepStatus.REPLAY):
         return None
     if restored:
@@ -213,9 +210,13 @@ def conclude(run: RunDetail, screen: Screen, command: Callable[[str], str]) -> i
     else:
         if run.error and run.error.traceback:
             screen.say(run.error.traceback.rstrip())
-        said = run.reason if not run.error else f"{run.error.name}: {run.error.message}"
-        screen.say(("✗", "red"), f" run {run.short} {run.status}: {clip(said, 300)}")
-        screen.say(f"  {_kept(run)}. Go on: ", (command(f"resume {run.short}"), "bold"))
+        said = f"{run.error.name}: {run.error.message}" if run.error else run.reason
+        failed = next(
+            (step.name for step in run.steps if step.status is StepStatus.FAILED), f"run {run.short}"
+        )
+        screen.say(("✗", "red"), f" {failed}  {clip(said, 300)}")
+        resume = command(f"resume {run.short}")
+        screen.say(f"run {run.short} {run.status}; {_kept(run)}. Go on: ", (resume, "bold"))
     return EXIT_STATUS[run.status]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdurable import processes
 from nbdurable.errors import NotFound
-from nbdurable.models import Wait
+from nbdurable.models import DriverKind, RunDetail, Wait
 from nbdurable.settings import Home, find_home
 
 if TYPE_CHECKING:
@@ -51,6 +51,19 @@ def hint(home: Home) -> Callable[[str], str]:
     """Return how commands about the state in `home` must be typed in the user's shell."""
     prefix = "nbdurable " if home == _before_option else f"nbdurable --home {shlex.quote(str(home.root))} "
     return lambda command: prefix + command
+
+
+def with_output(home: Home, run: RunDetail) -> RunDetail:
+    """Return a run that says where its output notebook stands, where the user named no place for it."""
+    from nbdurable.runner.notebooks import output_path
+
+    if (
+        run.output is not None
+        or run.kind is DriverKind.INTERACTIVE
+        or not (path := output_path(home, run)).exists()
+    ):
+        return run
+    return run.model_copy(update={"output": str(path)})
 
 
 def pages(home: Home) -> str | None:

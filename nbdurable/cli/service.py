@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,10 +229,7 @@ def _ends(log: Path) -> str:
 
 
 def run_worker(home: Home) -> int:
-    """Run a worker in front until Ctrl-C or SIGTERM; return its exit status."""
-    child = subprocess.Popen([sys.executable, "-m", "nbdurable.runner.worker", "--home", str(home.root)])
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:  # the terminal sent it to the worker as well, which gives its runs back
-            continue
+    """Run a worker in this process until there is nothing to do, or Ctrl-C; return its exit status."""
+    from nbdurable.runner import worker
+
+    return worker.main(["--home", str(home.root)])
