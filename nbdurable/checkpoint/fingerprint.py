@@ -451,12 +451,23 @@ class Walk:
     def _numpy(self, value: Any, numpy: Any) -> Any:
         if type(value) is numpy.ndarray:
             return self._array(value)
+        if (masked := sys.modules.get("numpy.ma")) is not None and isinstance(value, masked.MaskedArray):
+            return self._masked(value, masked)
         if isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
             self.memory.add(id(memory_owner(value)))
         if isinstance(value, numpy.ufunc):
             self._emit(b"uf", value.__name__.encode())
             return None
         return NotImplemented
+
+    def _masked(self, value: Any, masked: Any) -> Parts:
+        self._emit(b"ma")
+        yield "", type(value)
+        yield ".data", masked.getdata(value)
+        yield ".mask", masked.getmaskarray(value)
+        # reading `fill_value` would set it
+        fill = masked.default_fill_value(value.dtype) if value._fill_value is None else value._fill_value
+        yield ".fill_value", sys.modules["numpy"].asarray(fill, dtype=value.dtype)
 
     def _pandas(self, value: Any, pandas: Any) -> Any:
         if isinstance(value, pandas.DataFrame):

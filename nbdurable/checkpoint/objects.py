@@ -267,19 +267,15 @@ def describe_problem(trail: list[tuple[str, Any]], error: Exception) -> Problem:
 
 def stream_position(value: Any) -> str:
     """Return text that changes when a generator or file is read on, as far as that can be seen from outside."""
-    frame = getattr(value, "gi_frame", None) or getattr(value, "ag_frame", None)
-    if isinstance(frame, types.FrameType):
-        simple = {
-            name: item for name, item in frame.f_locals.items() if type(item) in (int, float, str, bool)
-        }
-        return f"{frame.f_lasti}{simple!r}"
-    try:
-        return (
-            str(value.tell())
-            if isinstance(value, io.IOBase)
-            else repr(value)
-            if type(value).__module__ == "itertools"
-            else ""
+    if isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        simple = (
+            {} if frame is None else {k: v for k, v in frame.f_locals.items() if type(v) in (int, float, str)}
         )
+        return "ended" if frame is None else f"{frame.f_lasti}{simple!r}"
+    try:
+        if isinstance(value, io.IOBase):
+            return str(value.tell())
+        return repr(value) if type(value).__module__ == "itertools" else ""
     except Exception:
         return ""

@@ -391,6 +391,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return NotImplemented
         if (reference := self._live(kind)) is not None:
             return reference
+        if (hook := _runs_when_subclassed(kind)) is not None:
+            raise pickle.PicklingError(f"making the class again would run `{hook}` again")
         reduced = super().reducer_override(kind)
         if isinstance(reduced, tuple) and len(reduced) == 6:
             # cloudpickle's id would make it hand out, and set the attributes of, the living class of that id
@@ -407,7 +409,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return rebuild.lru_cache, (function.__wrapped__, settings["maxsize"], settings["typed"])
 
     def _view(self, view: memoryview) -> Any:
-        whole = type(view.obj) in (bytes, bytearray) and view.c_contiguous and view.nbytes == len(view.obj)
+        whole = (
+            type(view.obj) in (bytes, bytearray)
+            and view.c_contiguous
+            and view.nbytes == memoryview(view.obj).nbytes
+        )
         data = view.obj if whole else bytes(view) if view.readonly else bytearray(view)
         return rebuild.view, (data, view.format, view.shape)
 
@@ -454,6 +460,14 @@ _REDUCERS: dict[type, Any] = {
     io.TextIOWrapper: _Pickler._forbidden,  # cloudpickle would make it a StringIO
     weakref.WeakSet: _Pickler._forbidden,
 } | dict.fromkeys(DICT_VIEWS, _Pickler._dict_view)
+
+
+def _runs_when_subclassed(kind: type) -> str | None:
+    """Return what of the notebook's own code runs whenever this class is made: it would run twice."""
+    for base in kind.__mro__[1:]:
+        if "__init_subclass__" in vars(base) and importable(base) is None:
+            return f"{base.__qualname__}.__init_subclass__"
+    return None if importable(type(kind)) is not None else f"{type(kind).__qualname__}.__new__"
 
 
 def _trimmed(array: Any) -> Any:

@@ -84,7 +84,7 @@ class Tracker:
         seen = {
             name: self._look(name, value)
             for name, value in list(self._namespace.items())
-            if self._is_ours(name)
+            if self.is_users(name)
         }
         self._constant = {name: item for name, item in seen.items() if immutable(item.value())}
         return Snapshot(seen, _random_states())
@@ -112,7 +112,12 @@ class Tracker:
             random=before.random != after.random,
         )
 
-    def _is_ours(self, name: str) -> bool:
+    def fingerprint(self, name: str) -> str:
+        """Return the fingerprint of one variable now; raises KeyError where there is none."""
+        return self._look(name, self._namespace[name]).digest
+
+    def is_users(self, name: str) -> bool:
+        """Tell whether a name is one of the user's variables."""
         return is_user_name(name) and not self._ignore(name)
 
     def _look(self, name: str, value: Any) -> Seen:
