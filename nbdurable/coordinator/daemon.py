@@ -97,9 +97,8 @@ def _run(
         if not serving.done():
             _announce(home, url)
             _log.info("coordinator %s serves %s at %s", __version__, home.root, url)
-            ticking = asyncio.create_task(
-                _tick(engine, server, home, store, None if stay else settings.idle_exit_s)
-            )
+            idle_exit_s = None if stay else settings.idle_exit_s
+            ticking = asyncio.create_task(_tick(engine, server, home, store, url, idle_exit_s))
             await serving
             ticking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -149,7 +148,9 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def _tick(engine: Engine, server: _Server, home: Home, store: Store, idle_exit_s: float | None) -> None:
+async def _tick(
+    engine: Engine, server: _Server, home: Home, store: Store, url: str, idle_exit_s: float | None
+) -> None:
     idle_since = time.monotonic()
     while True:
         await asyncio.sleep(TICK_S)
@@ -157,6 +158,10 @@ async def _tick(engine: Engine, server: _Server, home: Home, store: Store, idle_
             await engine.tick()
         except Exception:  # e.g. no space left: the next tick tries again
             _log.exception("a tick failed")
+        if not home.root.exists():
+            server.end()  # somebody removed the project's state: there is nothing to keep
+        elif not home.coordinator.exists():
+            _announce(home, url)
         if not engine.is_idle or server.clients:
             idle_since = time.monotonic()
         idle_s = time.monotonic() - idle_since
@@ -219,6 +224,8 @@ def _forget(home: Home) -> None:
 
 def _backup_if_due(home: Home, store: Store) -> None:
     """Back the store up where the last copy is a day old; a failure is logged: the store itself is whole."""
+    if not home.root.exists():
+        return
     with contextlib.suppress(FileNotFoundError):
         newest = max((copy.stat().st_mtime for copy in home.backups.iterdir()), default=0.0)
         if time.time() - newest < _BACKUP_EVERY_S:

@@ -278,7 +278,8 @@ class Engine:
             if run.id not in self._queue:
                 self._queue[run.id] = None
                 self._queued.notify()
-                self._workers.provide()
+                if not self._stopping:
+                    self._workers.provide()
         else:
             self._queue.pop(run.id, None)
 
@@ -998,8 +999,8 @@ def _read_log(path: os.PathLike[str], offset: int, limit: int) -> contract.Log:
     """Read a piece of a log, cut at whole characters."""
     try:
         with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(limit)
+            file.seek(max(0, offset))
+            data = file.read(max(0, limit))
     except FileNotFoundError:
         data = b""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
