@@ -27,7 +27,7 @@ READ_THROUGH_BYTES = 64 << 20  # a store up to this size is read whole at openin
 
 _CONFIG = {
     "threads": 1,  # measured fastest for single rows
-    "memory_limit": "512MB",  # DuckDB's default, 80 % of the machine, belongs to the kernels
+    "memory_limit": "256MB",  # DuckDB's default, 80 % of the machine, belongs to the kernels
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
 }
@@ -298,9 +298,6 @@ def _shut(connection: Any, draft: Path) -> None:
     connection.execute("SET GLOBAL TimeZone = 'UTC'")
     connection.execute(f"SET GLOBAL allowed_directories = [{_quoted(str(draft))}]")
     connection.execute("SET GLOBAL enable_external_access = false")
-    connection.execute(
-        "PRAGMA disable_optimizer"
-    )  # of this connection, the writer's: there is nothing to plan
     connection.execute("SET GLOBAL lock_configuration = true")
 
 

@@ -177,10 +177,10 @@ class DuckDBStore:
             statements.append((_SQL["insert_event"], events[0]))
         elif events:
             statements.append((_SQL["insert_events"], _columns(events)))
-        if runs:
-            statements.append((_SQL["put_runs"], _columns(runs.values())))
-        if waits:
-            statements.append((_SQL["put_waits"], _columns(waits.values())))
+        for table, rows in (("runs", runs), ("waits", waits)):
+            if rows:
+                statements.append((_SQL[f"delete_{table}"], [list(rows)]))
+                statements.append((_SQL[f"insert_{table}"], _columns(rows.values())))
         if not statements:
             return
         connection = self._database.writer

@@ -2,7 +2,8 @@
 
 Owns the shapes `Changes`, `NewEvent` and the protocol `Store`; knows no SQL. The history (`events`) is
 append-only and carries each checkpoint's manifest; the rows of runs and waits are replaced by their newest
-version in the same transaction as the event that tells why. Steps have no rows: they are a fold of the run's events.
+version in the same transaction as the event that tells why. Steps have no rows: they are a fold of the run's
+events.
 """
 
 from __future__ import annotations

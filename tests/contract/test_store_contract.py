@@ -207,7 +207,7 @@ def test_closing_writes_what_was_submitted_and_can_be_repeated(reopen: Opener) -
         max_size=12,
     )
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_history_reads_as_a_dictionary_and_a_list_would(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, RunStatus, str, bool]]
 ) -> None:

@@ -9,15 +9,21 @@ SELECT
     unnest(?::BIGINT[]), unnest(?::TIMESTAMP[]), unnest(?::VARCHAR[]), unnest(?::BIGINT[]), unnest(?::VARCHAR[]),
     unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::JSON[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[])
 
--- name: put_runs
-INSERT OR REPLACE INTO runs
+-- name: delete_runs
+DELETE FROM runs WHERE id IN (SELECT unnest(?::VARCHAR[]))
+
+-- name: insert_runs
+INSERT INTO runs
 SELECT
     unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
     unnest(?::VARCHAR[][]), unnest(?::VARCHAR[]), unnest(?::BIGINT[]), unnest(?::BIGINT[]),
     unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::JSON[])
 
--- name: put_waits
-INSERT OR REPLACE INTO waits
+-- name: delete_waits
+DELETE FROM waits WHERE id IN (SELECT unnest(?::VARCHAR[]))
+
+-- name: insert_waits
+INSERT INTO waits
 SELECT
     unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
     unnest(?::VARCHAR[]), unnest(?::VARCHAR[][]),

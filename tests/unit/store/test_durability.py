@@ -20,7 +20,7 @@ from nbdurable.store.duckdb_store import DuckDBStore
 from tests.tools.changes import run_id
 
 WRITER = Path(__file__).with_name("writer.py")
-ROUNDS = 15
+ROUNDS = 12
 
 posix = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 
