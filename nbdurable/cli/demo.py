@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nbdurable import processes
 from nbdurable.cli.follow import Story, conclude, needs_person, progress_bar, states
-from nbdurable.cli.project import approval_page, choose_home, hint
+from nbdurable.cli.project import approval_page, choose_home, hint, near
 from nbdurable.cli.screen import Screen, plain
 from nbdurable.cli.service import end
 from nbdurable.client import Client
@@ -99,7 +99,7 @@ def run_demo(folder: Path, screen: Screen, *, yes: bool, question: str | None) -
     try:
         return _play(client, folder, Evidence(journal), screen, yes=yes, question=question)
     except KeyboardInterrupt:
-        screen.say("interrupted; what was made is in ", (str(folder), "bold"))
+        screen.say("interrupted; what was made is in ", (near(folder), "bold"))
         return 130
     finally:
         client.close()
@@ -238,9 +238,9 @@ def _prove(
         screen.say((f"    not committed when the kill came, so begun again: {', '.join(again)}", "dim"))
     screen.say()
     if published:
-        screen.say("report           ", (str(report), "bold"))
-    screen.say("output notebook  ", (str(output), "bold"))
-    screen.say("journal          ", str(evidence.journal))
+        screen.say("report           ", (near(report), "bold"))
+    screen.say("output notebook  ", (near(output), "bold"))
+    screen.say("journal          ", near(evidence.journal))
     screen.say("look at the run  ", command(f"show {run.short}"))
     if screen.json_mode:
         screen.data(

@@ -49,8 +49,16 @@ def connect(start: Path | None = None, *, existing: bool = True) -> Client:
 
 def hint(home: Home) -> Callable[[str], str]:
     """Return how commands about the state in `home` must be typed in the user's shell."""
-    prefix = "nbdurable " if home == _before_option else f"nbdurable --home {shlex.quote(str(home.root))} "
+    prefix = "nbdurable " if home == _before_option else f"nbdurable --home {shlex.quote(near(home.root))} "
     return lambda command: prefix + command
+
+
+def near(path: Path) -> str:
+    """Return a path as it is typed from here: relative where it is below the working directory."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
 
 
 def with_output(home: Home, run: RunDetail) -> RunDetail:

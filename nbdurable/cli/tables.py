@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdurable.cli.follow import took
-from nbdurable.cli.project import approval_page, hint
+from nbdurable.cli.project import approval_page, hint, near
 from nbdurable.cli.screen import STYLES, Screen, clip, clock
 from nbdurable.models import Run, RunDetail, RunStatus, Variable, Wait, WaitKind, WaitStatus
 from nbdurable.policies import size, span
@@ -35,7 +35,7 @@ def print_runs(runs: Sequence[Run], screen: Screen) -> None:
         (
             run.short,
             (run.status.value, STYLES[run.status]),
-            _near(run.notebook),
+            near(Path(run.notebook)),
             clock(run.created_at),
             _length(run, now),
             clip(run.reason, 80),
@@ -51,14 +51,6 @@ def _length(run: Run, now: float) -> str:
     return span((run.ended_at or now) - run.started_at)
 
 
-def _near(path: str) -> str:
-    """Return a path as it is typed from here, where that is shorter."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except (ValueError, OSError):
-        return path
-
-
 def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
     """Print all that is known of a run."""
     screen.say(
@@ -69,8 +61,8 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
     )
     facts = {
         "id": run.id,
-        "notebook": _near(run.notebook),
-        "output": run.output and _near(run.output),
+        "notebook": near(Path(run.notebook)),
+        "output": run.output and near(Path(run.output)),
         "parameters": ", ".join(
             f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in run.parameters.items()
         ),

@@ -221,7 +221,7 @@ def test_home_is_an_option_and_hints_name_it(own_project: Project) -> None:
     own_project.notebook("ask.ipynb", "d = durable.approve(1, title='Go?')")
     found = own_project.run("--home", str(elsewhere), "run", "ask.ipynb")
     assert found.returncode == 3, found.stderr
-    assert f"nbdurable --home {elsewhere} approve " in found.stdout
+    assert "nbdurable --home elsewhere approve " in found.stdout
     assert own_project.json("waits") == []
     assert own_project.run("--home", str(elsewhere), "down").returncode == 0
 
