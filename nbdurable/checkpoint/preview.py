@@ -39,7 +39,13 @@ def describe(value: Any) -> tuple[str, str, str]:
     return name, shape, _cut(text)
 
 
+def printable(text: str) -> str:
+    """Return text that every encoding of Unicode can hold: lone surrogates are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _cut(text: str) -> str:
+    text = printable(text[: MAX_TEXT + 1])
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 

@@ -42,7 +42,7 @@ from nbdurable.checkpoint.objects import (
     underlying,
     unsaveable,
 )
-from nbdurable.checkpoint.preview import describe
+from nbdurable.checkpoint.preview import describe, printable
 from nbdurable.checkpoint.restore import load
 from nbdurable.checkpoint.track import is_user_name
 from nbdurable.models import Variable
@@ -176,12 +176,13 @@ class _Job:
     def _refuse(self, name: str, reason: str) -> None:
         kind, shape, preview = describe(self.namespace[name])
         self.refused[name] = Variable(
-            name=name, type=kind, state="unsaved", shape=shape, preview=preview, reason=reason
+            name=name, type=kind, state="unsaved", shape=shape, preview=preview, reason=printable(reason)
         )
 
     def _groups(self) -> list[tuple[str, ...]]:
         """Return the variables to save, those together that share mutable objects or refer to each other by name."""
         while True:
+            self._refuse_dependents()
             saved = self._written - self.refused.keys()
             keys = {
                 name: {*walk.seen, *walk.memory}
@@ -198,6 +199,16 @@ class _Job:
             if spoilt is None:
                 return sorted(tuple(sorted(part)) for part in components if part & saved)
             self._refuse_sharing_with(spoilt, keys)
+
+    def _refuse_dependents(self) -> None:
+        """Refuse what refers by name to a function or class that was refused."""
+        for name in sorted(self._written - self.refused.keys()):
+            if needed := sorted(self._walks[name].live & self.refused.keys() - {name}):
+                self._refuse(
+                    name, f"it needs `{needed[0]}`, which can't be saved ({self.refused[needed[0]].reason})"
+                )
+                return self._refuse_dependents()
+        return None
 
     def _refuse_sharing_with(self, spoilt: str, keys: dict[str, set[int]]) -> None:
         """Refuse the written variables that share with a variable that can't be saved, or stop asking for it."""
@@ -257,6 +268,7 @@ class _Job:
         except _Refused:
             raise
         except Unfingerprintable as error:
+            raise _Refused(current, f"a copy of it does not come back whole ({error.reason})") from error
             raise _Refused(current, f"{error.reason}") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
@@ -397,7 +409,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(reduced, tuple) and len(reduced) == 6:
             # cloudpickle's id would make it hand out, and set the attributes of, the living class of that id
             make, arguments, *rest = reduced
-            return (make, (*arguments[:-2], None, arguments[-1]), *rest)
+            arguments = (*arguments[:-2], None, arguments[-1])
+            if "__slots__" in vars(kind) and isinstance(
+                arguments[3], dict
+            ):  # else slots become plain attributes
+                arguments[3]["__slots__"] = vars(kind)["__slots__"]
+            return (make, arguments, *rest)
         return reduced
 
     def _lru(self, function: Any) -> Any:

@@ -1,0 +1,76 @@
+"""Manifests: signed, and verified before anything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nbdurable.checkpoint.blobs import LocalBlobs
+from nbdurable.checkpoint.manifest import INLINE_BYTES, CodeFacts, Manifest, put_blob, read_blob, seal, unseal
+from nbdurable.errors import BadSignature, BlobDamaged, CheckpointError
+from nbdurable.models import SignedManifest
+from nbdurable.security import sign
+from tests.tools.cells import KEY, Cells
+
+EMPTY = Manifest(run_id="r", step="s", created_at=1.5, duration_s=2.0, code=CodeFacts(source="x", digest="d"))
+
+
+def test_a_sealed_manifest_is_unsealed_as_it_was() -> None:
+    """Guarantee 7."""
+    assert unseal(seal(EMPTY, KEY), KEY, of="step `s`") == EMPTY
+
+
+def test_another_key_is_refused_by_name() -> None:
+    """Guarantee 8."""
+    with pytest.raises(BadSignature, match="step `s`"):
+        unseal(seal(EMPTY, KEY), b"1" * 32, of="step `s`")
+
+
+def test_an_altered_manifest_is_refused_before_it_is_parsed() -> None:
+    """Guarantee 8: text that is no JSON at all fails at its signature, not in the parser."""
+    signed = seal(EMPTY, KEY)
+    for text in (signed.text.replace('"s"', '"t"'), "{not json", ""):
+        with pytest.raises(BadSignature):
+            unseal(SignedManifest(text=text, signature=signed.signature), KEY, of="step `s`")
+
+
+def test_a_newer_format_is_said_to_be_newer() -> None:
+    """Guarantee 11."""
+    text = json.dumps({**EMPTY.model_dump(mode="json"), "format": 2, "novelty": True})
+    with pytest.raises(CheckpointError, match="newer nbdurable") as error:
+        unseal(sign(text, KEY), KEY, of="step `s`")
+    assert error.value.todo
+
+
+@pytest.mark.parametrize("size", [0, 10, INLINE_BYTES, INLINE_BYTES + 1])
+def test_small_contents_travel_inside_the_manifest(tmp_path: Path, size: int) -> None:
+    """A small value costs no file."""
+    blobs = LocalBlobs(tmp_path)
+    blob = put_blob(bytes(size), blobs)
+    assert (blob.inline is None) == (size > INLINE_BYTES)
+    assert bytes(read_blob(blob, blobs)) == bytes(size)
+    if blob.inline is not None:
+        with pytest.raises(BlobDamaged):
+            read_blob(blob.model_copy(update={"size": size + 1}), blobs)
+
+
+def test_a_pickle_bomb_in_a_tampered_manifest_does_not_go_off(tmp_path: Path) -> None:
+    """Guarantee 8: whoever can write to the store, but has no key, runs no code in the kernel."""
+    mark = tmp_path / "bang"
+    cells = Cells(tmp_path)
+    signed = cells.step("x = [1]")
+    bomb = b"cos\nmkdir\n(V" + str(mark).encode() + b"\ntR."
+    manifest = unseal(signed, KEY, of="step")
+    stream = put_blob(bomb, cells.blobs)
+    altered = manifest.model_copy(
+        update={"groups": (manifest.groups[0].model_copy(update={"stream": stream}),)}
+    )
+
+    with pytest.raises(BadSignature):
+        cells.restore(SignedManifest(text=altered.model_dump_json(), signature=signed.signature))
+    assert not mark.exists()
+
+    cells.restore(seal(altered, KEY))  # the bomb is a real one
+    assert mark.exists()
