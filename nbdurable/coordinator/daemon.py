@@ -80,7 +80,7 @@ def _run(
     async def main() -> None:
         engine = Engine(store, home, settings, clock=clock, workers=workers, on_shutdown=lambda: server.end())
         config = uvicorn.Config(
-            create_app(engine.handlers(), token),
+            create_app(engine.handlers, token),
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -75,7 +75,7 @@ def test_importing_the_client_is_cheap() -> None:
 
 
 def test_two_clients_at_once_start_one_coordinator(home: Home) -> None:
-    """Six processes that find no coordinator end up with the same one, and exactly one was started."""
+    """Three processes that find no coordinator end up with the same one, and exactly one was started."""
     code = (
         "import sys; from nbdurable import contract; from nbdurable.client import Client\n"
         "sys.stdin.readline(); print(Client().call(contract.HEALTH, contract.Nothing()).pid)"
@@ -84,7 +84,7 @@ def test_two_clients_at_once_start_one_coordinator(home: Home) -> None:
         subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        for _ in range(6)
+        for _ in range(3)
     ]
     for client in clients:
         assert client.stdin is not None

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import pytest
 
 from nbdurable import contract, processes
-from nbdurable.coordinator.engine import KEY_LIFE_S, Engine
+from nbdurable.coordinator.engine import Engine
+from nbdurable.coordinator.runs import KEY_LIFE_S
 from nbdurable.coordinator.workers import WorkerPool
 from nbdurable.errors import Fenced
 from nbdurable.lifecycle import MAX_RECOVERIES
@@ -97,35 +98,40 @@ def driver(kind: str = "headless", pid: int | None = None, host: str | None = No
 
 
 async def headless(engine: Engine, key: str | None = None) -> Run:
-    return await engine.create_run(
+    return await engine.answer(
+        contract.CREATE_RUN,
         contract.CreateRun(
             notebook="/n.ipynb", kind=DriverKind.HEADLESS, snapshot="0" * 64, idempotency_key=key
-        )
+        ),
     )
 
 
 async def interactive(engine: Engine, by: Driver) -> Run:
-    return await engine.create_run(
-        contract.CreateRun(notebook="/n.ipynb", kind=DriverKind.INTERACTIVE, driver=by)
+    return await engine.answer(
+        contract.CREATE_RUN, contract.CreateRun(notebook="/n.ipynb", kind=DriverKind.INTERACTIVE, driver=by)
     )
 
 
 async def lease(engine: Engine, worker: Driver, **more: Any) -> Run:
-    (run,) = (await engine.lease_work(contract.LeaseWork(driver=worker, slots=1, **more))).runs
+    (run,) = (
+        await engine.answer(contract.LEASE_WORK, contract.LeaseWork(driver=worker, slots=1, **more))
+    ).runs
     return run
 
 
 async def show(engine: Engine, run: Run) -> Any:
-    return await engine.get_run(contract.ByRun(run_id=run.id))
+    return await engine.answer(contract.GET_RUN, contract.ByRun(run_id=run.id))
 
 
 async def beat(engine: Engine, run: Run, *processes: ProcessIdentity) -> contract.Orders:
-    return await engine.heartbeat(contract.Heartbeat(run_id=run.id, epoch=run.epoch, processes=processes))
+    return await engine.answer(
+        contract.HEARTBEAT, contract.Heartbeat(run_id=run.id, epoch=run.epoch, processes=processes)
+    )
 
 
 async def begin(engine: Engine, run: Run, step: str = "s") -> int:
     asked = contract.BeginStep(run_id=run.id, epoch=run.epoch, step=step, action="execute", reason="new")
-    return (await engine.begin_step(asked)).attempt
+    return (await engine.answer(contract.BEGIN_STEP, asked)).attempt
 
 
 async def commit(engine: Engine, run: Run, attempt: int, step: str = "s") -> int:
@@ -137,7 +143,7 @@ async def commit(engine: Engine, run: Run, attempt: int, step: str = "s") -> int
         status="completed",
         manifest=SignedManifest(text="{}", signature="0"),
     )
-    return (await engine.commit_step(asked)).seq
+    return (await engine.answer(contract.COMMIT_STEP, asked)).seq
 
 
 def test_a_silent_worker_loses_its_run_and_is_fenced(world: World) -> None:
@@ -221,7 +227,7 @@ def test_the_death_of_a_kernel_pauses_its_run(world: World) -> None:
             assert (paused.status, paused.driver) == (RunStatus.PAUSED, None)
             assert [a.status for a in paused.steps[0].attempts] == ["lost"]
             asked = contract.LeaseRun(run_id=run.id, driver=driver("interactive"))
-            again = await engine.lease_run(asked)
+            again = await engine.answer(contract.LEASE_RUN, asked)
             assert (again.status, again.epoch) == (RunStatus.RUNNING, 2)
 
         world.play(story)
@@ -237,10 +243,10 @@ def test_a_run_that_kills_its_workers_is_given_up(world: World) -> None:
             ending = contract.EndLease(
                 run_id=run.id, epoch=leased.epoch, how="lose", reason="its kernel died"
             )
-            ended = await engine.end_lease(ending)
+            ended = await engine.answer(contract.END_LEASE, ending)
         assert ended.status is RunStatus.FAILED
         assert f"given up after {MAX_RECOVERIES} recoveries" in ended.reason
-        resumed = await engine.resume_run(contract.ByRun(run_id=run.id))
+        resumed = await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
         assert (resumed.status, resumed.recoveries, resumed.ended_at) == (RunStatus.QUEUED, 0, None)
 
     world.play(story)
@@ -285,14 +291,15 @@ def test_a_timer_wakes_its_run_across_restarts(world: World) -> None:
     async def before(engine: Engine) -> Run:
         await headless(engine)
         run = await lease(engine, driver())
-        opened = await engine.open_wait(
+        opened = await engine.answer(
+            contract.OPEN_WAIT,
             contract.OpenWait(
                 run_id=run.id, epoch=run.epoch, key="nap", kind=WaitKind.TIMER, title="sleep", due_in_s=60
-            )
+            ),
         )
         assert opened.due_at == world.clock.at + 60
         ending = contract.EndLease(run_id=run.id, epoch=run.epoch, how="suspend", reason="sleeps")
-        return await engine.end_lease(ending)
+        return await engine.answer(contract.END_LEASE, ending)
 
     run = world.play(before)
     assert (run.status, run.driver) == (RunStatus.WAITING, None)
@@ -309,10 +316,11 @@ def test_a_timer_wakes_its_run_across_restarts(world: World) -> None:
         (wait,) = woken.waits
         assert (wait.status, wait.answer.by, wait.answer.approved) == (WaitStatus.ANSWERED, "timer", True)
         again = await lease(engine, driver())
-        same = await engine.open_wait(
+        same = await engine.answer(
+            contract.OPEN_WAIT,
             contract.OpenWait(
                 run_id=run.id, epoch=again.epoch, key="nap", kind=WaitKind.TIMER, title="sleep", due_in_s=60
-            )
+            ),
         )
         assert same == wait
 
@@ -328,9 +336,9 @@ def test_a_worker_that_does_not_obey_is_cancelled_for(world: World) -> None:
             run = await lease(engine, driver())
             stubborn = processes.identity("kernel", kernel.pid)
             assert not (await beat(engine, run, stubborn)).cancel
-            asked = await engine.cancel_run(contract.ByRun(run_id=run.id))
+            asked = await engine.answer(contract.CANCEL_RUN, contract.ByRun(run_id=run.id))
             assert (asked.status, asked.cancel_requested) == (RunStatus.RUNNING, True)
-            assert await engine.cancel_run(contract.ByRun(run_id=run.id)) == asked
+            assert await engine.answer(contract.CANCEL_RUN, contract.ByRun(run_id=run.id)) == asked
             assert (await beat(engine, run, stubborn)).cancel
             world.clock.at += SETTINGS.cancel_grace_s + 5
             await engine.tick()
@@ -349,10 +357,12 @@ def test_a_cancelled_run_is_not_recovered(world: World) -> None:
         for how in ("lose", "release", "suspend"):
             await headless(engine)
             run = await lease(engine, driver())
-            await engine.cancel_run(contract.ByRun(run_id=run.id))
+            await engine.answer(contract.CANCEL_RUN, contract.ByRun(run_id=run.id))
             ending: Any = contract.EndLease(run_id=run.id, epoch=run.epoch, how=how, reason="x")
-            assert (await engine.end_lease(ending)).status is RunStatus.CANCELLED
-            assert (await engine.end_lease(ending)).status is RunStatus.CANCELLED  # its answer was lost
+            assert (await engine.answer(contract.END_LEASE, ending)).status is RunStatus.CANCELLED
+            assert (
+                await engine.answer(contract.END_LEASE, ending)
+            ).status is RunStatus.CANCELLED  # its answer was lost
 
     world.play(story)
 
@@ -365,7 +375,9 @@ def test_a_run_whose_lease_answer_was_lost_is_given_again(world: World) -> None:
         lost = await lease(engine, driver(), holding=())
         again = await lease(engine, driver(), holding=())
         assert (again.id, again.epoch) == (lost.id, lost.epoch + 1)
-        work = await engine.lease_work(contract.LeaseWork(driver=driver(), slots=1, holding=(again.id,)))
+        work = await engine.answer(
+            contract.LEASE_WORK, contract.LeaseWork(driver=driver(), slots=1, holding=(again.id,))
+        )
         assert work.runs == ()
 
     world.play(story)
@@ -385,18 +397,18 @@ def test_idempotency_keys_live_thirty_days(world: World) -> None:
 def test_an_idle_worker_is_told_to_end(world: World) -> None:
     async def story(engine: Engine) -> None:
         ask = contract.LeaseWork(driver=driver(), slots=1)
-        assert not (await engine.lease_work(ask)).stop
+        assert not (await engine.answer(contract.LEASE_WORK, ask)).stop
         await headless(engine)
         run = await lease(engine, driver())
         world.clock.at += 59
         await beat(engine, run)
         world.clock.at += 10
-        assert not (await engine.lease_work(ask)).stop  # it has a run
+        assert not (await engine.answer(contract.LEASE_WORK, ask)).stop  # it has a run
         ending = contract.EndLease(run_id=run.id, epoch=run.epoch, how="complete", reason="done")
-        await engine.end_lease(ending)
-        assert not (await engine.lease_work(ask)).stop
+        await engine.answer(contract.END_LEASE, ending)
+        assert not (await engine.answer(contract.LEASE_WORK, ask)).stop
         world.clock.at += 60
-        assert (await engine.lease_work(ask)).stop
+        assert (await engine.answer(contract.LEASE_WORK, ask)).stop
 
     world.play(story)
 
@@ -427,7 +439,7 @@ def test_a_worker_that_dies_at_once_is_started_with_pauses_and_the_run_says_why(
             assert found.reason.endswith("no such thing")
             world.clock.at += 0.5 * 2**count
             await engine.tick()
-        told = await engine.read_events(contract.ReadEvents(run_id=run.id))
+        told = await engine.answer(contract.READ_EVENTS, contract.ReadEvents(run_id=run.id))
         assert [e.kind for e in told.events] == ["run_created", "run_delayed"]  # once, not at each try
 
     world.play(story)

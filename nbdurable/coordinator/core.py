@@ -1,0 +1,373 @@
+"""The runs in memory, and the one way in which they change: checked, made durable, applied, answered.
+
+Owns the state of open runs, rebuilt from the store at start, their locks, the queue and the open waits. Each
+change goes through `commit`: the row and the sentence that tells why are on disk before memory follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from nbdurable import contract, lifecycle
+from nbdurable.coordinator.fold import Fold, Kind
+from nbdurable.coordinator.names import as_run_id
+from nbdurable.coordinator.state import Clock, Lease, Live, Signal, SystemClock
+from nbdurable.coordinator.workers import WorkerPool
+from nbdurable.errors import Fenced, NotFound
+from nbdurable.lifecycle import Effect, Happening
+from nbdurable.models import Driver, Event, Run, RunStatus, SignedManifest, Wait, WaitStatus
+from nbdurable.settings import Home, Settings
+from nbdurable.store.port import Changes, NewEvent, Store
+
+T = TypeVar("T")
+
+_FORCE_S = 5.0  # beyond `cancel_grace_s`, after which the coordinator itself ends a cancelled run's processes
+_PAGE = 1000
+
+log = logging.getLogger("nbdurable.coordinator")
+
+
+class Core:
+    """What the parts of the coordinator share. All methods run on one event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        home: Home,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        workers: WorkerPool | None = None,
+    ) -> None:
+        self.store = store
+        self.home = home
+        self.settings = settings
+        self.clock = clock or SystemClock()
+        self.workers = workers or WorkerPool(home, self.clock, None)
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="store-reader")
+        self.runs: dict[str, Live] = {}
+        self._loading = asyncio.Lock()
+        self.creating = asyncio.Lock()
+        self.queue: dict[str, None] = {}  # ids of queued runs, first in, first out
+        self.queued = Signal()
+        self.waits: dict[str, Wait] = {}  # open ones
+        self.waits_of: dict[str, set[str]] = {}  # run id → ids of its open waits
+        self.timers: dict[str, float] = {}  # wait id → when it is over
+        self.stopping = False
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Take up what the store knows: drivers get `lease_s` to be heard of, unless they are dead."""
+        beat = self.clock.elapsed()
+        runs = sorted(self.store.open_runs(), key=lambda run: run.updated_at)
+        for run in runs:
+            live = self.runs[run.id] = Live(run)
+            if run.status is RunStatus.RUNNING and run.driver is not None:
+                live.lease = self.new_lease(run.driver, beat)
+                if run.cancel_requested:
+                    live.lease.cancel_by = self.cancel_deadline()
+            elif run.status is RunStatus.QUEUED:
+                self.queue[run.id] = None
+        for wait in self.store.open_waits():
+            self.keep_wait(wait)
+
+    def new_lease(self, driver: Driver, beat: float | None = None) -> Lease:
+        """Return a lease that was heard of at `beat` (default: now)."""
+        return Lease(driver, self.clock.elapsed() if beat is None else beat)
+
+    def cancel_deadline(self) -> float:
+        """Return when a run that is cancelled now is ended by force, by `Clock.elapsed`."""
+        return self.clock.elapsed() + self.settings.cancel_grace_s + _FORCE_S
+
+    def keep_wait(self, wait: Wait) -> None:
+        """Remember a wait's newest version; only open ones stay in memory."""
+        if wait.status is WaitStatus.OPEN:
+            self.waits[wait.id] = wait
+            self.waits_of.setdefault(wait.run_id, set()).add(wait.id)
+            if wait.due_at is not None:
+                self.timers[wait.id] = wait.due_at
+        else:
+            self.waits.pop(wait.id, None)
+            self.timers.pop(wait.id, None)
+            if (ids := self.waits_of.get(wait.run_id)) is not None:
+                ids.discard(wait.id)
+                if not ids:
+                    del self.waits_of[wait.run_id]
+
+    def open_waits(self, run_id: str) -> list[Wait]:
+        """Return what a run waits for."""
+        return [self.waits[wait_id] for wait_id in self.waits_of.get(run_id, ())]
+
+    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Ask the store without holding up the loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
+
+    async def resolve(self, typed: str) -> str:
+        """Return the id of the run that `typed` names: whole, or a unique beginning or end of it."""
+        if typed in self.runs:
+            return typed
+        wanted = as_run_id(typed)
+        if len(wanted) == 32:
+            if wanted in self.runs or await self.read(self.store.run, wanted) is not None:
+                return wanted
+            raise NotFound(f"there is no run {wanted}", todo="`nbdurable ls` lists the runs of this project")
+        if len(wanted) < 4:
+            raise NotFound(
+                f"{typed!r} is too short to name a run: at least four characters of its id are needed",
+                todo="`nbdurable ls` lists the runs of this project",
+            )
+        found = await self.read(self.store.runs_matching, wanted)
+        if not found:
+            raise NotFound(
+                f"there is no run whose id begins or ends with {wanted!r}",
+                todo="`nbdurable ls` lists the runs of this project",
+            )
+        if len(found) > 1:
+            names = ", ".join(found)
+            raise NotFound(
+                f"{wanted!r} names {len(found)} runs: {names}", todo="type more of the one you mean"
+            )
+        return found[0]
+
+    async def current(self, typed: str) -> Run:
+        """Return the run that `typed` names, as it is now."""
+        run_id = await self.resolve(typed)
+        live = self.runs.get(run_id)
+        run = live.run if live is not None else await self.read(self.store.run, run_id)
+        if run is None:
+            raise NotFound(f"there is no run {run_id}", todo="`nbdurable ls` lists the runs of this project")
+        return run
+
+    @asynccontextmanager
+    async def locked(self, run_id: str) -> AsyncIterator[Live]:
+        """Hold a run, in memory; one that has ended is brought there for as long as it is held."""
+        while True:
+            live = self.runs.get(run_id)
+            if live is None:
+                async with self._loading:
+                    live = self.runs.get(run_id)
+                    if live is None:
+                        run = await self.read(self.store.run, run_id)
+                        if run is None:
+                            raise NotFound(f"there is no run {run_id}", todo="`nbdurable ls` lists the runs")
+                        live = self.runs[run_id] = Live(run)
+            await live.lock.acquire()
+            if self.runs.get(run_id) is live:
+                break
+            live.lock.release()  # it ended while this one waited: look again
+        try:
+            yield live
+        finally:
+            live.lock.release()
+            if live.run.status.is_final:
+                self.runs.pop(run_id, None)
+
+    @asynccontextmanager
+    async def driven(self, run_id: str, epoch: int) -> AsyncIterator[Live]:
+        """Hold a run for its driver; raises Fenced for whoever is not, or no longer."""
+        async with self.locked(run_id) as live:
+            fence(live.run, epoch)
+            if live.lease is not None:
+                live.lease.beat = self.clock.elapsed()
+            yield live
+
+    async def fold(self, live: Live) -> Fold:
+        """Return the steps of a run, kept in memory while it is driven."""
+        if live.fold is not None:
+            return live.fold
+        fold = await self.read_fold(live.run.id)
+        if live.lease is not None:
+            live.fold = fold
+        return fold
+
+    async def read_fold(self, run_id: str) -> Fold:
+        """Return the steps of a run as its history on disk tells them."""
+        fold = Fold()
+        async for event in self.history(run_id):
+            fold.apply(event)
+        return fold
+
+    async def history(self, run_id: str) -> AsyncIterator[Event]:
+        """Yield all events of a run."""
+        after = 0
+        while True:
+            page = await self.read(self.store.events, run_id, after, _PAGE)
+            for event in page:
+                yield event
+            if len(page) < _PAGE:
+                return
+            after = page[-1].seq
+
+    def event(self, run: Run, kind: Kind, sentence: str, **data: Any) -> NewEvent:
+        """Return an event of a run, as of now."""
+        return NewEvent(self.clock.now(), run.id, run.epoch, kind, sentence, data=data)
+
+    def step_event(
+        self,
+        run: Run,
+        kind: Kind,
+        step: str | None,
+        sentence: str,
+        data: dict[str, Any],
+        manifest: SignedManifest | None = None,
+    ) -> NewEvent:
+        """Return an event of one of a run's steps, as of now."""
+        return NewEvent(self.clock.now(), run.id, run.epoch, kind, sentence, step, data, manifest)
+
+    async def commit(
+        self, live: Live, events: Iterable[NewEvent], *, run: Run | None = None, waits: Iterable[Wait] = ()
+    ) -> tuple[int, ...]:
+        """Make a change durable, then apply it to memory; return the events' sequence numbers."""
+        events, waits = tuple(events), tuple(waits)
+        ticket = self.store.submit(Changes(events, (run,) if run is not None else (), waits))
+        await asyncio.wrap_future(ticket.done)
+        if run is not None:
+            self._replace(live, run)
+        for wait in waits:
+            self.keep_wait(wait)
+            if live.waits is not None:
+                live.waits[wait.key] = wait
+        if live.fold is not None:
+            for seq, event in zip(ticket.seqs, events, strict=True):
+                live.fold.apply(numbered(event, seq))
+        if live.lease is None:
+            live.fold = None
+        live.changed.notify()
+        return ticket.seqs
+
+    def notify_when_done(self, live: Live, done: Future[None]) -> None:
+        """Wake who follows a run when something that nobody waits for is on disk."""
+        loop = asyncio.get_running_loop()
+
+        def tell(future: Future[None]) -> None:
+            if (error := future.exception()) is not None:
+                log.warning("a decision was not recorded: %s", error)
+            elif not loop.is_closed():
+                loop.call_soon_threadsafe(live.changed.notify)
+
+        done.add_done_callback(tell)
+
+    def _replace(self, live: Live, run: Run) -> None:
+        """Put the newest version of a run into memory, and what hangs on its status."""
+        live.run = run
+        if run.driver is None:
+            if live.lease is not None:
+                self.workers.worked(live.lease.driver.process)
+            live.lease = None
+        elif live.lease is None or live.lease.driver is not run.driver:
+            live.lease = self.new_lease(run.driver)
+        if run.status is RunStatus.QUEUED:
+            if run.id not in self.queue:
+                self.queue[run.id] = None
+                self.queued.notify()
+                if not self.stopping:
+                    self.workers.provide()
+        else:
+            self.queue.pop(run.id, None)
+
+    def moved(
+        self, run: Run, happening: Happening, reason: str, *, driver: Driver | None = None, **changes: Any
+    ) -> tuple[Run, list[Wait]]:
+        """Return the run after a move, and the waits that the move cancels; raises IllegalMove."""
+        move = lifecycle.move(run.status, happening, run=f"run {run.short}")
+        at, effects = self.clock.now(), move.effects
+        changes |= {"status": move.to, "reason": reason, "updated_at": at}
+        if Effect.NEW_EPOCH in effects:
+            changes |= {"epoch": run.epoch + 1, "driver": driver, "started_at": run.started_at or at}
+        if Effect.DROP_DRIVER in effects:
+            changes["driver"] = None
+        if Effect.COUNT_RECOVERY in effects:
+            changes["recoveries"] = run.recoveries + 1
+        if Effect.RESET_RECOVERIES in effects:  # somebody begins anew with it
+            changes |= {"recoveries": 0, "error": None, "cancel_requested": False}
+        if Effect.FLAG_CANCEL in effects:
+            changes["cancel_requested"] = True
+        changes["ended_at"] = at if Effect.END in effects else None
+        cancelled: list[Wait] = []
+        if Effect.CANCEL_WAITS in effects:
+            cancelled = [
+                wait.model_copy(update={"status": WaitStatus.CANCELLED}) for wait in self.open_waits(run.id)
+            ]
+        return run.model_copy(update=changes), cancelled
+
+    async def move(
+        self,
+        live: Live,
+        happening: Happening,
+        kind: Kind,
+        reason: str,
+        *,
+        data: dict[str, Any] | None = None,
+        driver: Driver | None = None,
+        **changes: Any,
+    ) -> Run:
+        """Make a move of a run that is held, told by one event whose sentence is the run's new reason."""
+        run, waits = self.moved(live.run, happening, reason, driver=driver, **changes)
+        await self.commit(live, [self.event(run, kind, reason, **(data or {}))], run=run, waits=waits)
+        return run
+
+    async def hold(self, changed: asyncio.Event, deadline: float, at_most_s: float = contract.HOLD_S) -> bool:
+        """Wait for a change, a while at most; return whether it is worth looking again."""
+        remaining_s = deadline - asyncio.get_running_loop().time()
+        if self.stopping or remaining_s <= 0:
+            return False
+        try:
+            async with asyncio.timeout(min(remaining_s, at_most_s)):
+                await changed.wait()
+        except TimeoutError:
+            return deadline > asyncio.get_running_loop().time()
+        return not self.stopping
+
+    def stop(self) -> None:
+        """Answer all long polls now, and hand out no more work; runs stay as they are."""
+        self.stopping = True
+        self.queued.notify()
+        for live in self.runs.values():
+            live.changed.notify()
+
+    def close(self) -> None:
+        """End the readers' threads."""
+        self._readers.shutdown()
+
+
+def numbered(event: NewEvent, seq: int) -> Event:
+    """Return an event with its number, unchecked: it was made here."""
+    return Event.model_construct(
+        seq=seq,
+        at=event.at,
+        run_id=event.run_id,
+        epoch=event.epoch,
+        kind=event.kind,
+        step=event.step,
+        sentence=event.sentence,
+        data=event.data,
+    )
+
+
+def fence(run: Run, epoch: int) -> None:
+    """Refuse whoever does not drive the run; say who does, or what became of it."""
+    if run.status is not RunStatus.RUNNING or run.driver is None:
+        raise Fenced(
+            f"run {run.short} is {run.status} and not driven from here any more: {run.reason}",
+            todo=f"`nbdurable show {run.short}` tells its story; in a notebook, load the extension again",
+        )
+    if run.epoch != epoch:
+        raise Fenced(
+            f"run {run.short} is driven by {label(run.driver)} now (lease {run.epoch}, not {epoch})",
+            todo="nothing more of this one is kept; `%durable attach` takes the run back",
+        )
+
+
+def label(driver: Driver) -> str:
+    """Name a driver for people."""
+    return driver.label or f"{driver.process.role} {driver.process.pid}"
+
+
+def hold_deadline(hold_s: float) -> float:
+    """Return until when, by the loop's clock, a question may be held."""
+    return asyncio.get_running_loop().time() + min(hold_s, contract.HOLD_S)

@@ -1,0 +1,181 @@
+"""Runs as people see them: created, listed, shown, followed, cancelled, resumed, closed.
+
+Knows nothing of how a run is driven beyond its row.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nbdurable import contract, lifecycle
+from nbdurable.contract import Endpoint
+from nbdurable.coordinator.core import Core, fence, hold_deadline, label
+from nbdurable.coordinator.fold import Fold, Kind
+from nbdurable.coordinator.names import new_run_id
+from nbdurable.coordinator.state import Live
+from nbdurable.errors import Conflict, UsageError
+from nbdurable.lifecycle import Happening
+from nbdurable.models import (
+    DriverKind,
+    Run,
+    RunDetail,
+    RunStatus,
+)
+
+KEY_LIFE_S = 30 * 86_400.0  # how long an idempotency key returns the first run
+_ALL = 1_000_000_000
+
+
+class Runs:
+    """What is asked about runs."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def handlers(self) -> dict[Endpoint[Any, Any], Callable[[Any], Awaitable[Any]]]:
+        """Return who answers which endpoint."""
+        return {
+            contract.CREATE_RUN: self.create_run,
+            contract.LIST_RUNS: self.list_runs,
+            contract.GET_RUN: self.get_run,
+            contract.READ_EVENTS: self.read_events,
+            contract.READ_LOG: self.read_log,
+            contract.CANCEL_RUN: self.cancel_run,
+            contract.RESUME_RUN: self.resume_run,
+            contract.CLOSE_RUN: self.close_run,
+        }
+
+    async def create_run(self, wanted: contract.CreateRun) -> Run:
+        headless = wanted.kind is DriverKind.HEADLESS
+        if headless and wanted.snapshot is None:
+            raise UsageError(
+                "a headless run needs the snapshot of its notebook", todo="write it as a blob first"
+            )
+        if headless != (wanted.driver is None):
+            raise UsageError(
+                "an interactive run is created by its driver, a headless one without", todo="mend `driver`"
+            )
+        async with self._core.creating:
+            if wanted.idempotency_key is not None:
+                since = self._core.clock.now() - KEY_LIFE_S
+                first = await self._core.read(self._core.store.run_with_key, wanted.idempotency_key, since)
+                if first is not None:
+                    live = self._core.runs.get(first.id)
+                    return first if live is None else live.run
+            at = self._core.clock.now()
+            fields = {name: value for name, value in wanted if name != "driver"}
+            reason = f"{label(wanted.driver)} drives it" if wanted.driver else "waits for a worker"
+            run = Run(
+                id=new_run_id(at),
+                status=RunStatus.QUEUED if headless else RunStatus.RUNNING,
+                reason=reason,
+                epoch=0 if headless else 1,
+                driver=None if headless else wanted.driver,
+                created_at=at,
+                started_at=None if headless else at,
+                updated_at=at,
+                **fields,
+            )
+            live = Live(run, fold=None if headless else Fold())
+            async with live.lock:
+                if not headless and wanted.driver is not None:
+                    live.lease = self._core.new_lease(wanted.driver)
+                self._core.runs[run.id] = live
+                try:
+                    await self._core.commit(
+                        live, [self._core.event(run, Kind.RUN_CREATED, f"created; {reason}")], run=run
+                    )
+                except BaseException:
+                    del self._core.runs[run.id]
+                    raise
+            return run
+
+    async def list_runs(self, wanted: contract.ListRuns) -> contract.Runs:
+        if wanted.before is not None:
+            wanted = wanted.model_copy(update={"before": await self._core.resolve(wanted.before)})
+        return contract.Runs(runs=tuple(await self._core.read(self._core.store.runs, wanted)))
+
+    async def get_run(self, wanted: contract.ByRun) -> RunDetail:
+        run = await self._core.current(wanted.run_id)
+        live = self._core.runs.get(run.id)
+        fold = live.fold if live is not None and live.fold is not None else await self._core.read_fold(run.id)
+        waits = await self._core.read(
+            self._core.store.waits, contract.ListWaits(run_id=run.id, status=None, limit=_ALL)
+        )
+        return RunDetail(**dict(run), steps=fold.steps(), waits=tuple(waits))
+
+    async def read_events(self, wanted: contract.ReadEvents) -> contract.Events:
+        run = await self._core.current(wanted.run_id)
+        deadline = hold_deadline(wanted.hold_s)
+        while True:
+            live = self._core.runs.get(run.id)
+            changed = live.changed.next() if live is not None else None
+            events = await self._core.read(self._core.store.events, run.id, wanted.after, wanted.limit)
+            run = await self._core.current(run.id)
+            if (
+                events
+                or changed is None
+                or run.status.is_final
+                or not await self._core.hold(changed, deadline)
+            ):
+                return contract.Events(events=tuple(events), run=run)
+
+    async def read_log(self, wanted: contract.ReadLog) -> contract.Log:
+        run_id = await self._core.resolve(wanted.run_id)
+        return await self._core.read(_read_log, self._core.home.run_log(run_id), wanted.offset, wanted.limit)
+
+    async def cancel_run(self, wanted: contract.ByRun) -> Run:
+        async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
+            run = live.run
+            if run.status is RunStatus.CANCELLED or (
+                run.status is RunStatus.RUNNING and run.cancel_requested
+            ):
+                return run  # asked for before
+            happening = lifecycle.cancellation(run.status, run.driver.kind if run.driver else run.kind)
+            if happening is Happening.REQUEST_CANCEL:
+                reason = "asked to cancel; its worker stops it"
+                run = await self._core.move(live, happening, Kind.RUN_CANCEL_REQUESTED, reason)
+                if live.lease is not None:
+                    live.lease.cancel_by = self._core.cancel_deadline()
+                return run
+            return await self._core.move(live, happening, Kind.RUN_CANCELLED, "cancelled by hand")
+
+    async def resume_run(self, wanted: contract.ByRun) -> Run:
+        async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
+            run = live.run
+            reason = "resumed by hand; waits for a worker"
+            if run.status is RunStatus.QUEUED and run.reason == reason:
+                return run  # asked for before
+            resumed, _ = self._core.moved(run, Happening.RESUME, reason)
+            if run.snapshot is None:
+                raise Conflict(
+                    f"run {run.short} has no snapshot of its notebook: it can't go on headless",
+                    todo=f"open {run.notebook} and load the extension: it takes the run up",
+                )
+            await self._core.commit(live, [self._core.event(resumed, Kind.RUN_RESUMED, reason)], run=resumed)
+            return resumed
+
+    async def close_run(self, wanted: contract.CloseRun) -> Run:
+        async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
+            run = live.run
+            if run.status is RunStatus.COMPLETED and run.epoch == wanted.epoch:
+                return run  # asked for before
+            if run.status is RunStatus.RUNNING or run.epoch != wanted.epoch:
+                fence(run, wanted.epoch)
+            return await self._core.move(live, Happening.CLOSE, Kind.RUN_CLOSED, wanted.reason)
+
+
+def _read_log(path: os.PathLike[str], offset: int, limit: int) -> contract.Log:
+    """Read a piece of a log, cut at whole characters."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, offset))
+            data = file.read(max(0, limit))
+    except FileNotFoundError:
+        data = b""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(data)
+    return contract.Log(text=text, next_offset=offset + len(data) - len(decoder.getstate()[0]))

@@ -1,0 +1,108 @@
+"""Steps: decisions with their reason, commits, failures.
+
+Owns that a commit is one event, and that a repeated one gets the first answer; never looks into a manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nbdurable import contract
+from nbdurable.contract import Endpoint
+from nbdurable.coordinator.core import Core, numbered
+from nbdurable.coordinator.fold import COMMITS, Kind, StepState
+from nbdurable.coordinator.state import Live
+from nbdurable.errors import NotFound
+from nbdurable.store.port import Changes
+
+
+class Steps:
+    """What drivers say about steps."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def handlers(self) -> dict[Endpoint[Any, Any], Callable[[Any], Awaitable[Any]]]:
+        """Return who answers which endpoint."""
+        return {
+            contract.BEGIN_STEP: self.begin_step,
+            contract.COMMIT_STEP: self.commit_step,
+            contract.FAIL_STEP: self.fail_step,
+            contract.CHECKPOINTS: self.checkpoints,
+            contract.GET_STEP: self.get_step,
+        }
+
+    async def begin_step(self, wanted: contract.BeginStep) -> contract.Begun:
+        async with self._core.driven(wanted.run_id, wanted.epoch) as live:
+            fold = await self._core.fold(live)
+            state = fold.get(wanted.step)
+            data: dict[str, Any] = {"reason": wanted.reason, "cell_id": wanted.cell_id}
+            if wanted.action == "restore":
+                attempt, kind = (
+                    (state.attempts[-1].number if state and state.attempts else 0),
+                    Kind.STEP_RESTORED,
+                )
+            else:
+                running = state.running if state is not None else None
+                if state and running and running.epoch == wanted.epoch and state.reason == wanted.reason:
+                    return contract.Begun(attempt=running.number, seq=state.started.get(running.number, 0))
+                attempt, kind = (state.next_attempt if state is not None else 1), Kind.STEP_STARTED
+            sentence = f"{wanted.step}: {wanted.action} ({wanted.reason})"
+            event = self._core.step_event(live.run, kind, wanted.step, sentence, {**data, "attempt": attempt})
+            ticket = self._core.store.submit(Changes(events=(event,)))
+            fold.apply(numbered(event, ticket.seqs[0]))
+            self._core.notify_when_done(live, ticket.done)
+            return contract.Begun(attempt=attempt, seq=ticket.seqs[0])
+
+    async def commit_step(self, wanted: contract.CommitStep) -> contract.Committed:
+        async with self._core.driven(wanted.run_id, wanted.epoch) as live:
+            state = await self._state(live, wanted.step)
+            if state is not None and (wanted.attempt, wanted.status) in state.committed:
+                return contract.Committed(seq=state.committed[wanted.attempt, wanted.status])
+            data = {
+                "attempt": wanted.attempt,
+                "status": wanted.status,
+                "variables": [variable.model_dump(mode="json") for variable in wanted.variables],
+                "line": wanted.line,
+            }
+            sentence = f"{wanted.step}: {wanted.sentence or wanted.status}"
+            event = self._core.step_event(
+                live.run, COMMITS[wanted.status][0], wanted.step, sentence, data, manifest=wanted.manifest
+            )
+            (seq,) = await self._core.commit(live, (event,))
+            return contract.Committed(seq=seq)
+
+    async def fail_step(self, wanted: contract.FailStep) -> contract.Nothing:
+        async with self._core.driven(wanted.run_id, wanted.epoch) as live:
+            state = await self._state(live, wanted.step)
+            known = (
+                {attempt.number: attempt.status for attempt in state.attempts} if state is not None else {}
+            )
+            if known.get(wanted.attempt) != "failed":
+                error = wanted.error
+                data = {"attempt": wanted.attempt, "error": error.model_dump(mode="json")}
+                sentence = f"{wanted.step}: failed with {error.name}: {error.message[:200]}"
+                event = self._core.step_event(live.run, Kind.STEP_FAILED, wanted.step, sentence, data)
+                await self._core.commit(live, (event,))
+        return contract.Nothing()
+
+    async def _state(self, live: Live, step: str) -> StepState | None:
+        return (await self._core.fold(live)).get(step)
+
+    async def checkpoints(self, wanted: contract.ByRun) -> contract.Checkpoints:
+        run_id = await self._core.resolve(wanted.run_id)
+        return contract.Checkpoints(
+            checkpoints=tuple(await self._core.read(self._core.store.checkpoints, run_id))
+        )
+
+    async def get_step(self, wanted: contract.ReadStep) -> contract.StepDetail:
+        run = await self._core.current(wanted.run_id)
+        live = self._core.runs.get(run.id)
+        fold = live.fold if live is not None and live.fold is not None else await self._core.read_fold(run.id)
+        state = fold.get(wanted.step)
+        if state is None:
+            names = ", ".join(step.name for step in fold.steps()) or "none yet"
+            raise NotFound(f"run {run.short} has no step {wanted.step!r}", todo=f"its steps: {names}")
+        checkpoint = await self._core.read(self._core.store.checkpoint, run.id, wanted.step)
+        return contract.StepDetail(step=state.step(), checkpoint=checkpoint)
