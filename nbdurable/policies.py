@@ -27,7 +27,9 @@ def seconds(duration: str | float | timedelta) -> float:
         text = str(duration)
         parts = list(_DURATION.finditer(text))
         if not parts or "".join(part.group() for part in parts) != text:
-            raise UsageError(f"{duration!r} is no duration", todo="write it as 500ms, 30s, 10m, 2h, 3d or 1h 30m")
+            raise UsageError(
+                f"{duration!r} is no duration", todo="write it as 500ms, 30s, 10m, 2h, 3d or 1h 30m"
+            )
         total = sum(float(part[1]) * _UNITS_S[part[2]] for part in parts)
     if not 0 <= total < float("inf"):
         raise UsageError(f"a duration can't be {duration!r}", todo="it must be finite and not below zero")

@@ -82,10 +82,9 @@ class Verdict:
 
 
 def _code_change(old: CodeFacts, new: CodeFacts) -> str | None:
-    if old.digest != new.digest:
-        # The digest is of the syntax tree, whose shape may change between Python versions; equal text is equal code.
-        if old.python == new.python or old.source != new.source:
-            return "its code changed"
+    # The digest is of the syntax tree, whose shape may change between Python versions; equal text is equal code.
+    if old.digest != new.digest and (old.python == new.python or old.source != new.source):
+        return "its code changed"
     for name in sorted(old.helpers.keys() | new.helpers.keys()):
         before, after = old.helpers.get(name), new.helpers.get(name)
         if before is None:

@@ -62,6 +62,8 @@ def result(**values: Any) -> None:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"the result `{name}` is not JSON: {error}", todo="give numbers, text, lists, dicts") from None
+            raise UsageError(
+                f"the result `{name}` is not JSON: {error}", todo="give numbers, text, lists, dicts"
+            ) from None
     question = contract.SetResult(run_id=session.run_id, epoch=session.epoch, result=values)
     session.client.call(contract.SET_RESULT, question)

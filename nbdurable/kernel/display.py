@@ -17,7 +17,9 @@ from nbdurable.settings import Home
 
 APPROVAL_MIME = "application/vnd.nbdurable.approval+json"
 _SHOWN_VARIABLES = 4
-_QUIET = "font: 12px/1.5 var(--jp-code-font-family, ui-monospace, monospace); white-space: pre-wrap; opacity: .72"
+_QUIET = (
+    "font: 12px/1.5 var(--jp-code-font-family, ui-monospace, monospace); white-space: pre-wrap; opacity: .72"
+)
 
 
 def say(shell: Any, text: str) -> None:
@@ -29,7 +31,9 @@ def say(shell: Any, text: str) -> None:
 def summary(variables: Iterable[Variable]) -> str:
     """Sum up what a checkpoint holds: `results list[10] 42 kB · draft str 3 kB · and 3 more`."""
     saved = [v for v in variables if v.state == "saved"]
-    parts = [" ".join(filter(None, (v.name, v.shape or v.type, size(v.bytes)))) for v in saved[:_SHOWN_VARIABLES]]
+    parts = [
+        " ".join(filter(None, (v.name, v.shape or v.type, size(v.bytes)))) for v in saved[:_SHOWN_VARIABLES]
+    ]
     if len(saved) > _SHOWN_VARIABLES:
         parts.append(f"and {len(saved) - _SHOWN_VARIABLES} more")
     return " · ".join(parts)
@@ -72,13 +76,18 @@ def card(wait: Wait, home: Home) -> dict[str, Any]:
     page = _page(home, wait) if is_open else None
     commands = f"nbdurable approve {wait.id}   ·   nbdurable reject {wait.id}"
     value = wait.preview
-    text = [f"⏸ {wait.title}" if is_open else f"{'✓' if wait.answer and wait.answer.approved else '✗'} {wait.title}"]
+    text = [
+        f"⏸ {wait.title}"
+        if is_open
+        else f"{'✓' if wait.answer and wait.answer.approved else '✗'} {wait.title}"
+    ]
     text += [f"    {line}" for line in value.splitlines()]
     text.append(f"  {commands}" if is_open else f"  {decided(wait)}")
     if page:
         text.append(f"  or {page}")
     state = (
-        f"<code>{escape(commands)}</code>" + (f'<br>or <a href="{escape(page)}">open its page</a>' if page else "")
+        f"<code>{escape(commands)}</code>"
+        + (f'<br>or <a href="{escape(page)}">open its page</a>' if page else "")
         if is_open
         else f"<strong>{escape(decided(wait))}</strong>"
     )

@@ -33,7 +33,6 @@ def load_ipython_extension(shell: Any) -> None:
         return
     session.set_current(found)
     _steps = Steps(found)
-    shell.user_ns[HOOK] = _steps
     shell.user_ns_hidden[HOOK] = _steps
     shell.input_transformers_cleanup.append(rewrite_lines)
     shell.ast_transformers.append(_steps)

@@ -99,7 +99,7 @@ def foresee(
         recorded = known.get(name)
         if recorded is None:
             verdict_action, reason = "run", "it has no checkpoint yet"
-            fingerprints = {stored: "" for stored in names.stores}
+            fingerprints = dict.fromkeys(names.stores, "")
         else:
             helpers = analysis.helpers_in_source(plain, set(recorded.code.helpers) | set(names.loads))
             code = CodeFacts(
@@ -125,7 +125,7 @@ def foresee(
             fingerprints = dict(recorded.fingerprints)
         if verdict_action == "run":
             running.add(name)
-            fingerprints = {**fingerprints, **{stored: "" for stored in names.stores}}
+            fingerprints = {**fingerprints, **dict.fromkeys(names.stores, "")}
         origins.step(name, fingerprints, recorded.deleted if recorded else ())
         foreseen.append(Foreseen(name, verdict_action, reason))
     return foreseen
@@ -168,6 +168,7 @@ def _tree(source: str) -> ast.Module | None:
     manager = TransformerManager()
     manager.cleanup_transforms.append(rewrite_lines)
     try:
-        return ast.parse(manager.transform_cell(source))
+        tree: ast.Module = ast.parse(manager.transform_cell(source))
     except (SyntaxError, ValueError, StepUsageError):
         return None
+    return tree

@@ -42,7 +42,7 @@ class DurableMagics(Magics):  # type: ignore[misc]
         super().__init__(shell)
         self._session = session
 
-    @line_magic
+    @line_magic  # type: ignore[untyped-decorator]
     def durable(self, line: str) -> None:
         """Ask about this notebook's run, or tell it something: `%durable help` lists what."""
         word, *rest = line.split() or ["help"]
@@ -73,7 +73,9 @@ class DurableMagics(Magics):  # type: ignore[misc]
         width = max((len(step.name) for step in detail.steps), default=0)
         for step in detail.steps:
             counts = f"ran {step.executions}×, restored {step.restores}×"
-            lines.append(f" {_MARKS[step.status]} {step.name:<{width}}  {step.status:<9}  {counts}  {step.reason}")
+            lines.append(
+                f" {_MARKS[step.status]} {step.name:<{width}}  {step.status:<9}  {counts}  {step.reason}"
+            )
         lines += [f" ⏸ {w.title}  →  nbdurable approve {w.id}" for w in detail.waits if w.answer is None]
         return "\n".join(lines)
 
@@ -88,7 +90,9 @@ class DurableMagics(Magics):  # type: ignore[misc]
         if not cells:
             if not known:
                 return "no step is kept yet"
-            return "\n".join(f" {step}  kept {span(time.time() - m.created_at)} ago" for step, m in known.items())
+            return "\n".join(
+                f" {step}  kept {span(time.time() - m.created_at)} ago" for step, m in known.items()
+            )
         planned = foresee(cells, known, session.project, every_cell=session.every_cell)
         if not planned:
             return f"{session.notebook.name} has no step cells (as it was last saved)"
@@ -107,7 +111,9 @@ class DurableMagics(Magics):  # type: ignore[misc]
             if name not in known:
                 raise UsageError(
                     f"no step `{name}` is kept in this run",
-                    todo=f"kept are {', '.join(known)}" if known else "nothing is kept yet: just run the cell",
+                    todo=f"kept are {', '.join(known)}"
+                    if known
+                    else "nothing is kept yet: just run the cell",
                 )
         self._session.to_rerun |= set(names)
         return "\n".join(f"{name} will run when its cell is executed next" for name in names)

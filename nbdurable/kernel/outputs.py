@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 Output = dict[str, Any]
@@ -50,15 +51,17 @@ class Recorder:
             else:
                 self.outputs.append({"output_type": "stream", "name": name, "chunks": [text]})
 
-    def display(self, kind: str, data: dict[str, Any], metadata: dict[str, Any], display_id: str | None) -> None:
+    def display(
+        self, kind: str, data: dict[str, Any], metadata: dict[str, Any], display_id: str | None
+    ) -> None:
         """Note a display (kind: display_data, execute_result or update_display_data)."""
         data = {mime: value for mime, value in data.items() if mime != WIDGET_VIEW}
         metadata = dict(metadata or {})
         with self._lock:
             if kind == "update_display_data":
-                for output in self.outputs:
-                    if display_id is not None and output.get("display_id") == display_id:
-                        output.update(data=data, metadata=metadata)
+                for shown in self.outputs:
+                    if display_id is not None and shown.get("display_id") == display_id:
+                        shown.update(data=data, metadata=metadata)
                 return
             self._clear_if_asked()
             if not data:
@@ -79,7 +82,9 @@ class Recorder:
         """Return the outputs so far, as plain JSON."""
         with self._lock:
             return [
-                {"output_type": "stream", "name": o["name"], "text": "".join(o["chunks"])} if "chunks" in o else dict(o)
+                {"output_type": "stream", "name": o["name"], "text": "".join(o["chunks"])}
+                if "chunks" in o
+                else dict(o)
                 for o in self.outputs
             ]
 
@@ -110,7 +115,7 @@ def recording(shell: Any, recorder: Recorder) -> Iterator[None]:
         if hasattr(shell.display_pub, "register_hook"):
             for source in (shell.display_pub, shell.displayhook):
                 source.register_hook(recorder.on_message)
-                undo.append(lambda source=source: source.unregister_hook(recorder.on_message))
+                undo.append(partial(source.unregister_hook, recorder.on_message))
         else:
             undo.append(_tap_plain_displays(shell, recorder))
         for name in ("stdout", "stderr"):

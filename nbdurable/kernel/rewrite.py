@@ -80,7 +80,8 @@ def parse_step_line(line: str) -> StepOptions:
     [name] = found.name
     if not _NAME.fullmatch(name):
         raise StepUsageError(
-            f"{name!r} can't be a step's name", todo="use up to 100 characters without spaces, quotes and slashes"
+            f"{name!r} can't be a step's name",
+            todo="use up to 100 characters without spaces, quotes and slashes",
         )
     return StepOptions(name, found.on_drift, found.save, found.no_save, found.force)
 
@@ -102,7 +103,8 @@ def rewrite_lines(lines: list[str]) -> list[str]:
         return lines  # inside other code, perhaps in a string: not ours
     if any(line.strip() for line in lines[:first]):
         raise StepUsageError(
-            f"`%%step` stands on line {first + 1}", todo="move it to the cell's first line; comments go below it"
+            f"`%%step` stands on line {first + 1}",
+            todo="move it to the cell's first line; comments go below it",
         )
     body = lines[first + 1 :]
     start = next((i for i, line in enumerate(body) if line.strip()), 0)
@@ -151,7 +153,10 @@ def is_setup(tree: ast.Module) -> bool:
                 pass
             case ast.Expr(ast.Call() as found) if _CONFIGURING.match(ast.unparse(found)):
                 configures = True
-            case ast.Expr(ast.Call(func=target)) | ast.Assign(targets=[(ast.Attribute() | ast.Subscript()) as target]):
+            case (
+                ast.Expr(ast.Call(func=target))
+                | ast.Assign(targets=[(ast.Attribute() | ast.Subscript()) as target])
+            ):
                 if _root(target) not in imported:
                     return False
             case _:

@@ -20,7 +20,7 @@ from nbdurable.checkpoint.plan import Origins
 from nbdurable.checkpoint.track import Tracker
 from nbdurable.client import Client
 from nbdurable.errors import DurableError, Fenced, LeaseHeld, UsageError
-from nbdurable.kernel import namespace, whereabouts
+from nbdurable.kernel import whereabouts
 from nbdurable.models import Checkpoint, Driver, DriverKind, Run, StepStatus
 from nbdurable.processes import identity
 from nbdurable.settings import Home, Settings, find_home, find_project
@@ -49,7 +49,8 @@ class Session:
         self.client = Client(self.home)
         self.key = security.load_key(self.home)
         self.blobs = LocalBlobs(self.home.blobs)
-        self.tracker = Tracker(self.values, ignore=namespace.is_kernels_own(shell))
+        hidden = dict(shell.user_ns_hidden)
+        self.tracker = Tracker(self.values, ignore=lambda n: n in hidden and self.values.get(n) is hidden[n])
         self.origins = Origins()
         self.run: Run | None = None
         self.checkpoints: dict[str, Checkpoint] = {}
@@ -98,21 +99,27 @@ class Session:
             self._drive(self.client.call(contract.LEASE_RUN, question))
         except LeaseHeld as error:
             self.trouble = LeaseHeld(
-                error.message, todo="`%durable takeover` drives it from here, `%durable new` starts another run"
+                error.message,
+                todo="`%durable takeover` drives it from here, `%durable new` starts another run",
             )
             raise self.trouble from None
 
     def start_new(self) -> Run:
         """Create a run for this notebook and drive it; an open one that this kernel drives ends."""
         if self.headless:
-            raise UsageError("a headless run can't start another one from here", todo="`nbdurable run NOTEBOOK`")
+            raise UsageError(
+                "a headless run can't start another one from here", todo="`nbdurable run NOTEBOOK`"
+            )
         if self.run is not None and self.trouble is None:
             reason = "a new run of the notebook was started (`%durable new`)"
             with contextlib.suppress(Fenced):
                 question = contract.CloseRun(run_id=self.run.id, epoch=self.epoch, reason=reason)
                 self.client.call(contract.CLOSE_RUN, question)
         question_ = contract.CreateRun(
-            notebook=str(self.notebook), kind=DriverKind.INTERACTIVE, driver=self._driver(), cwd=str(Path.cwd())
+            notebook=str(self.notebook),
+            kind=DriverKind.INTERACTIVE,
+            driver=self._driver(),
+            cwd=str(Path.cwd()),
         )
         self._drive(self.client.call(contract.CREATE_RUN, question_))
         assert self.run is not None
@@ -124,7 +131,9 @@ class Session:
 
     def _driver(self) -> Driver:
         process = identity("kernel")
-        return Driver(kind=DriverKind.INTERACTIVE, process=process, label=f"kernel {process.pid} on {process.host}")
+        return Driver(
+            kind=DriverKind.INTERACTIVE, process=process, label=f"kernel {process.pid} on {process.host}"
+        )
 
     def _drive(self, run: Run) -> None:
         self.run, self._epoch, self.trouble = run, run.epoch, None

@@ -30,7 +30,7 @@ from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspen
 from nbdurable.kernel import display
 from nbdurable.kernel.foresight import label_of, read_cells
 from nbdurable.kernel.outputs import Output, Recorder, recording, replay
-from nbdurable.kernel.rewrite import StepOptions, call, is_setup, parse_step_line, take_marker
+from nbdurable.kernel.rewrite import HOOK, StepOptions, call, is_setup, parse_step_line, take_marker
 from nbdurable.kernel.session import Session
 from nbdurable.models import Checkpoint, ErrorInfo, StepStatus, Variable
 from nbdurable.policies import span
@@ -63,15 +63,17 @@ class Execution:
         code: CodeFacts,
         inputs: dict[str, InputFact],
         body: list[ast.stmt],
+        names: analysis.CellNames,
+        mentioned: frozenset[str],
         verdict: Verdict,
         attempt: int,
         kept: Manifest | None = None,
     ) -> None:
         self.session, self.options, self.code, self.inputs = session, options, code, inputs
         self.verdict, self.attempt, self.kept = verdict, attempt, kept
-        self.body = body
+        self.body, self.names, self.mentioned = body, names, mentioned
         self.recorder = Recorder()
-        self.setup: analysis.CellNames | None = None  # of a cell that runs in every attempt (`is_setup`)
+        self.is_setup = False  # it runs in every attempt, and keeps nothing
         self.suspended: Suspended | None = None
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
@@ -103,7 +105,9 @@ class Execution:
         line: int | None = None
         frame = sys._getframe()
         while frame is not None:
-            if frame.f_globals is self.session.values and frame.f_code.co_name.startswith(("<module>", "<cell line")):
+            if frame.f_globals is self.session.values and frame.f_code.co_name.startswith(
+                ("<module>", "<cell line")
+            ):
                 line = frame.f_lineno  # the outermost one is the cell itself
             frame = frame.f_back  # type: ignore[assignment]
         if line is None:
@@ -133,8 +137,10 @@ class Execution:
 
     def written(self) -> tuple[set[str], set[str], dict[str, str], bool]:
         """Return what the step wrote and deleted so far, fingerprints, and whether random state moved."""
-        changes = self.session.tracker.changes(self.before)
-        names = set(changes.bound | changes.mutated) | set(self.options.save)
+        values = self.session.values
+        changes = self.session.tracker.changes(self.before, self.mentioned)
+        named = {name for name in self.names.stores | self.options.save if name in values}
+        names = set(changes.written) | {name for name in named if self.session.tracker.is_users(name)}
         deleted = set(changes.deleted)
         if self.kept is not None:
             names |= {v.name for v in self.kept.variables if v.state != "deleted"} - deleted
@@ -142,7 +148,9 @@ class Execution:
         moved = changes.random or (self.kept is not None and self.kept.random is not None)
         return names, deleted, dict(changes.fingerprints), moved
 
-    def commit(self, status: Literal["completed", "waiting"], at: tuple[int, int] | None = None) -> tuple[Variable, ...]:
+    def commit(
+        self, status: Literal["completed", "waiting"], at: tuple[int, int] | None = None
+    ) -> tuple[Variable, ...]:
         """Save what the step wrote and displayed, and commit it; return its variables.
 
         A waiting step keeps what came before the statement `at`; where a part of that can't be saved and is still
@@ -151,12 +159,10 @@ class Execution:
         session = self.session
         duration_s = time.perf_counter() - self._began
         names, deleted, fingerprints, moved = self.written()
-        if self.setup is not None:
+        if self.is_setup:
             names, deleted, moved = set(), set(), False
         left_out = names & self.options.no_save
-        saved = save(
-            session.values, names - left_out, session.blobs, fingerprints=fingerprints, random=moved
-        )
+        saved = save(session.values, names - left_out, session.blobs, fingerprints=fingerprints, random=moved)
         variables = [*saved.variables]
         for name in sorted(left_out):
             kind = type(session.values.get(name)).__name__
@@ -173,7 +179,7 @@ class Execution:
             outputs = [o for o in outputs if display.APPROVAL_MIME not in o.get("data", {})]
             if resume_at == 0:
                 groups, random, outputs, deleted, variables = (), None, [], set(), []
-        elif self.setup is not None or (session.every_cell and unsaved):
+        elif self.is_setup or (session.every_cell and unsaved):
             committed = "replay"
         kept_names = {v.name for v in variables if v.state == "saved"}
         manifest = Manifest(
@@ -221,8 +227,8 @@ class Execution:
             manifest=signed,
         )
         session.note(checkpoint, manifest)
-        if self.setup is not None:
-            session.origins.plain_cell(self.setup, self.code.digest, label_of(self.code.source))
+        if self.is_setup:
+            session.origins.plain_cell(self.names, self.code.digest, label_of(self.code.source))
         elif status == "completed":
             session.visited.add(self.name)
             session.origins.step(self.name, fingerprints_of(names, fingerprints), deleted)
@@ -266,11 +272,18 @@ class Steps:
         if cell_id is None and hasattr(self.shell, "get_parent"):
             cell_id = (self.shell.get_parent().get("metadata") or {}).get("cellId")
         self._cells.append(Cell(info.raw_cell, cell_id))
+        self.session.values[HOOK] = self  # `%reset` may have taken it away
 
     def visit(self, tree: ast.Module) -> ast.Module:
         """Rewrite a cell's tree, as an IPython AST transformer: it must not raise, or IPython drops it silently."""
         cell = self.cell
-        if cell is None or _elsewhere() or len(self._cells) > 1 or cell.names is not None or cell.execution is not None:
+        if (
+            cell is None
+            or _elsewhere()
+            or len(self._cells) > 1
+            or cell.names is not None
+            or cell.execution is not None
+        ):
             return tree  # code that runs inside a cell: part of that cell
         try:
             return self._rewrite(cell, tree)
@@ -347,10 +360,11 @@ class Steps:
         session = self.session
         try:
             restore(manifest, session.values, session.blobs)
-            outputs: list[Output] = json.loads(bytes(read_blob(manifest.outputs, session.blobs))) if manifest.outputs else []
+            outputs: list[Output] = (
+                json.loads(bytes(read_blob(manifest.outputs, session.blobs))) if manifest.outputs else []
+            )
         except DurableError as error:
-            if not error.todo:
-                error.todo = f"`%durable rerun {step}` runs the step again"
+            error.todo = (error.todo or "run the step again (`%durable rerun NAME`)").replace("NAME", step)
             raise
         names = {v.name for v in manifest.variables if v.state != "deleted"}
         session.origins.step(step, fingerprints_of(names, manifest.fingerprints), manifest.deleted)
@@ -365,7 +379,9 @@ class Steps:
         if line is not None:
             options = parse_step_line(line)
             if not tree.body:
-                raise StepUsageError(f"step `{options.name}` has no code", todo="write it below the `%%step` line")
+                raise StepUsageError(
+                    f"step `{options.name}` has no code", todo="write it below the `%%step` line"
+                )
         elif session.every_cell and cell.id is not None and tree.body:
             options = StepOptions(cell.id)
         else:
@@ -377,6 +393,7 @@ class Steps:
         body = list(tree.body)
         names = analysis.analyse(tree, cell.source)
         code, used = self._facts(cell, tree, names, is_marked=line is not None)
+        mentioned = frozenset(names.loads | used.inputs)
         session.run_id  # noqa: B018  raises what keeps steps from running; creates the run where there is none
         known = session.manifest(options.name)
         facts: dict[str, InputFact] = {}
@@ -420,12 +437,22 @@ class Steps:
             assert known is not None
             assert known.resume_at is not None
             cell.execution = Execution(
-                session, options, known.code, known.inputs, body, verdict, begun.attempt, kept=known
+                session,
+                options,
+                known.code,
+                known.inputs,
+                body,
+                names,
+                mentioned,
+                verdict,
+                begun.attempt,
+                known,
             )
             return ast.Module([call("go_on"), *body[known.resume_at :]], type_ignores=tree.type_ignores)
-        cell.execution = Execution(session, options, code, dict(inputs()), body, verdict, begun.attempt)
-        if configures:
-            cell.execution.setup = names
+        cell.execution = Execution(
+            session, options, code, inputs(), body, names, mentioned, verdict, begun.attempt
+        )
+        cell.execution.is_setup = configures
         cell.execution.record()
         cell.execution.begin()
         return tree
@@ -472,7 +499,7 @@ class Steps:
         session = self.session
         facts = {}
         for name in used.inputs:
-            if name in session.values and not session.tracker.ignore(name):
+            if name in session.values and session.tracker.is_users(name):
                 origin = session.origins[name]
                 facts[name] = InputFact(
                     value=session.tracker.fingerprint(name), origin=origin.digest, label=origin.label

@@ -111,7 +111,9 @@ def _begin_sleep(duration: str | float | timedelta) -> tuple[_Gate, Wait]:
 class _Gate:
     """One wait of the cell that runs now: its key, its opening, its card."""
 
-    def __init__(self, session: Session, kind: WaitKind, title: str, proposal: str, more: dict[str, Any]) -> None:
+    def __init__(
+        self, session: Session, kind: WaitKind, title: str, proposal: str, more: dict[str, Any]
+    ) -> None:
         self.session, self.kind, self.title, self.more = session, kind, title, more
         steps = extension.steps()
         self.execution: Execution | None = steps.execution if steps else None
@@ -128,12 +130,10 @@ class _Gate:
         except Unfingerprintable:
             proposal = ""
         kind, shape, preview = describe(value)
-        more = {"preview": value if isinstance(value, str) else preview or shape or kind, "tags": tuple(tags)}
-        more["value"], fits = _as_json(value)
-        if len(more["preview"]) > _MAX_VALUE_BYTES:
-            more["preview"] = more["preview"][:_MAX_VALUE_BYTES] + "\n… (cut)"
-        if not fits:
-            more["value"] = None
+        shown = value if isinstance(value, str) else preview or shape or kind
+        if len(shown) > _MAX_VALUE_BYTES:
+            shown = shown[:_MAX_VALUE_BYTES] + "\n… (cut)"
+        more = {"preview": shown, "tags": tuple(tags), "value": _as_json(value)}
         return cls(session, WaitKind.APPROVAL, title, f"approval:{title}:{proposal}", more)
 
     def open(self) -> Wait:
@@ -194,7 +194,9 @@ class _Gate:
     def passed(self, wait: Wait) -> Any:
         """Return the answer; raises DurableError where the wait was cancelled."""
         if wait.answer is None:
-            raise DurableError(f"`{wait.title}` was cancelled with its run", todo="`%durable new` starts another run")
+            raise DurableError(
+                f"`{wait.title}` was cancelled with its run", todo="`%durable new` starts another run"
+            )
         return wait.answer
 
 
@@ -208,14 +210,13 @@ def _counted(key: str) -> str:
     return digest(key, str(cell.gates[key]))
 
 
-def _as_json(value: Any) -> tuple[Any, bool]:
+def _as_json(value: Any) -> Any:
+    """Return a value that is JSON, and small enough to be edited; else None."""
     try:
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        return None, False
-    if len(text) > _MAX_VALUE_BYTES:
-        return None, False
-    return value, json.loads(text) == value
+        return None
+    return value if len(text) <= _MAX_VALUE_BYTES and json.loads(text) == value else None
 
 
 class _watch:

@@ -20,7 +20,11 @@ CONSOLE = "(console)"  # stands for the notebook where there is none: one per wo
 
 def notebook_path(namespace: dict[str, Any]) -> Path:
     """Return the absolute path of the notebook, or `<working directory>/(console)` where there is none."""
-    candidates = [namespace.get("__vsc_ipynb_file__"), namespace.get("__session__"), os.environ.get("JPY_SESSION_NAME")]
+    candidates = [
+        namespace.get("__vsc_ipynb_file__"),
+        namespace.get("__session__"),
+        os.environ.get("JPY_SESSION_NAME"),
+    ]
     for candidate in candidates:
         if candidate and str(candidate).endswith(".ipynb"):
             path = Path(candidate).absolute()
@@ -33,7 +37,9 @@ def notebook_path(namespace: dict[str, Any]) -> Path:
 
 def _ask_server() -> Path | None:
     """Ask the Jupyter server that started this kernel for the notebook's path now."""
-    with contextlib.suppress(Exception):  # a courtesy: without the answer the name from the environment serves
+    with contextlib.suppress(
+        Exception
+    ):  # a courtesy: without the answer the name from the environment serves
         from ipykernel.connect import get_connection_file
         from jupyter_core.paths import jupyter_runtime_dir
 

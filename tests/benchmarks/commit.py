@@ -24,7 +24,6 @@ from nbdurable.models import Driver, DriverKind, Run
 from nbdurable.processes import identity
 from nbdurable.security import load_key
 from nbdurable.settings import Home
-
 from tests.benchmarks.table import Row, show
 
 TURNS = 4
@@ -108,7 +107,11 @@ def ours(home: Home, clients: int, count: int) -> tuple[float, list[float], list
     for worker in workers:
         worker.join()
     began, ended = min(f[0] for f in found), max(f[1] for f in found)
-    return clients * count / (ended - began), [s for f in found for s in f[2]], [s for f in found for s in f[3]]
+    return (
+        clients * count / (ended - began),
+        [s for f in found for s in f[2]],
+        [s for f in found for s in f[3]],
+    )
 
 
 def dbos_steps(folder: Path) -> tuple[object, object]:

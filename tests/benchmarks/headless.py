@@ -20,7 +20,6 @@ from pathlib import Path
 from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.settings import Home
-
 from tests.benchmarks.table import Row, show
 from tests.tools import notebooks
 
@@ -55,8 +54,24 @@ def main() -> None:
     stamps = folder / "stamps.json"
     ours = notebooks.write(folder / "ours.ipynb", cells(marked=True, stamps=stamps))
     plain = notebooks.write(folder / "plain.ipynb", cells(marked=False, stamps=stamps))
-    our_command = [sys.executable, "-m", "nbdurable", "run", str(ours), "-o", str(folder / "out.ipynb"), "--json"]
-    papermill = [sys.executable, "-m", "papermill", "--no-progress-bar", str(plain), str(folder / "plain-out.ipynb")]
+    our_command = [
+        sys.executable,
+        "-m",
+        "nbdurable",
+        "run",
+        str(ours),
+        "-o",
+        str(folder / "out.ipynb"),
+        "--json",
+    ]
+    papermill = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        str(plain),
+        str(folder / "plain-out.ipynb"),
+    ]
     timed(our_command, env, stamps)  # starts coordinator and worker
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "papermill": []}
     for _ in range(turns):
@@ -67,7 +82,11 @@ def main() -> None:
     whole = {name: statistics.median(t[0] for t in times) for name, times in found.items()}
     inside = {name: statistics.median(t[1] for t in times) for name, times in found.items()}
     rows = [
-        Row("papermill, first to last cell", f"{inside['papermill']:.2f} s", f"{inside['papermill'] / STEPS * 1e3:.1f} ms a cell"),
+        Row(
+            "papermill, first to last cell",
+            f"{inside['papermill']:.2f} s",
+            f"{inside['papermill'] / STEPS * 1e3:.1f} ms a cell",
+        ),
         Row(
             "ours, first to last cell",
             f"{inside['ours']:.2f} s",

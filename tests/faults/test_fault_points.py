@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nbdurable
 import pytest
+
+import nbdurable
 from nbdurable import contract
 from nbdurable.checkpoint.manifest import unseal
 from nbdurable.client import Client
@@ -21,7 +22,6 @@ from nbdurable.runner.notebooks import create_headless
 from nbdurable.security import load_key
 from nbdurable.settings import Home
 from nbdurable.telemetry import FAULT_POINTS
-
 from tests.tools import notebooks
 
 DEADLINE_S = 90.0
@@ -64,7 +64,9 @@ def drive(home: Home, folder: Path) -> dict[str, Any]:
     found = client.call(contract.CHECKPOINTS, contract.ByRun(run_id=run.id)).checkpoints
     manifests = {c.step: unseal(c.manifest, key, of=c.step) for c in found}
     return {
-        "variables": {step: sorted(m.fingerprints.items()) for step, m in manifests.items() if step != "gate"},
+        "variables": {
+            step: sorted(m.fingerprints.items()) for step, m in manifests.items() if step != "gate"
+        },
         "names": {step: sorted(v.name for v in m.variables) for step, m in manifests.items()},
         "result": detail.result,
         "outputs": {cell: _timeless(found) for cell, found in notebooks.outputs(output).items()},
@@ -73,7 +75,9 @@ def drive(home: Home, folder: Path) -> dict[str, Any]:
 
 def _timeless(found: list[dict[str, Any]]) -> list[str]:
     """Return outputs as text without what is different in each run: wait ids and times."""
-    return [re.sub(r"\b[0-9A-HJKMNP-TV-Z]{6}\b|[0-9a-f]{32}|\d\d:\d\d", "·", repr(output)) for output in found]
+    return [
+        re.sub(r"\b[0-9A-HJKMNP-TV-Z]{6}\b|[0-9a-f]{32}|\d\d:\d\d", "·", repr(output)) for output in found
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.models import Event, Run, RunStatus
 from nbdurable.runner.notebooks import create_headless
 from nbdurable.settings import Home
-
 from tests.tools import notebooks
 
 STEPS = 30
@@ -35,7 +35,9 @@ def write_notebook(folder: Path) -> tuple[Path, Path]:
              "        f.write(f'{i}\\n')\ntotal = 0\nseen = []"]  # fmt: skip
     for i in range(STEPS):
         body = f"%%step step{i}\neffect({i})\ntime.sleep(0.1)\n"
-        cells.append(body + f"value{i} = {i} * {i}\nhistory = [*(history if {i} else []), {i}]\nprint('did {i}')")
+        cells.append(
+            body + f"value{i} = {i} * {i}\nhistory = [*(history if {i} else []), {i}]\nprint('did {i}')"
+        )
     cells.append(
         "import nbdurable\nnbdurable.result(total=sum(globals()[f'value{i}'] for i in range(30)), history=history)"
     )
@@ -139,7 +141,9 @@ def one_run(home: Home, folder: Path, seed: int, kills: int) -> Counter[str]:
     return victims.killed
 
 
-def test_random_kills(home: Home, coordinator: object, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_random_kills(
+    home: Home, coordinator: object, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Guarantees 1, 3, 6: every run ends completed, no committed step runs twice, no acknowledged checkpoint is lost."""
     wanted = 200 if request.config.getoption("--long") else 10
     seed = int(os.environ.get("NBDURABLE_SEED", random.SystemRandom().randrange(1 << 30)))

@@ -50,7 +50,9 @@ class Kernel:
         if path is not None:
             self.env["JPY_SESSION_NAME"] = str(path)
         self.cwd = cwd
-        self.manager = KernelManager(kernel_name="python3", transport="ipc", ip=str(cwd / f"k{time.time_ns()}"))
+        self.manager = KernelManager(
+            kernel_name="python3", transport="ipc", ip=str(cwd / f"k{time.time_ns()}")
+        )
         self.client: BlockingKernelClient | None = None
         self._start()
 
@@ -137,7 +139,9 @@ class Kernel:
             "", silent=True, user_expressions={"v": expression}, timeout=30, output_hook=lambda m: None
         )
         found = reply["content"]["user_expressions"]["v"]
-        return found["data"]["text/plain"] if found["status"] == "ok" else f"{found['ename']}: {found['evalue']}"
+        return (
+            found["data"]["text/plain"] if found["status"] == "ok" else f"{found['ename']}: {found['evalue']}"
+        )
 
     def shutdown(self) -> None:
         if self.client is not None:

@@ -4,8 +4,16 @@ import ast
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+
 from nbdurable.errors import StepUsageError
-from nbdurable.kernel.rewrite import StepOptions, is_setup, is_step, parse_step_line, rewrite_lines, take_marker
+from nbdurable.kernel.rewrite import (
+    StepOptions,
+    is_setup,
+    is_step,
+    parse_step_line,
+    rewrite_lines,
+    take_marker,
+)
 
 
 def transformed(source: str) -> str:
@@ -40,7 +48,9 @@ def test_magics_below_the_line_are_transformed() -> None:
     assert "get_ipython().getoutput('ls')" in transformed("%%step a\nx = !ls")
 
 
-@pytest.mark.parametrize("source", ["x = 1", 'text = """\n%%step a\n"""', "%%stepper a\nx", "%%step?", "# %%step a\nx = 1"])
+@pytest.mark.parametrize(
+    "source", ["x = 1", 'text = """\n%%step a\n"""', "%%stepper a\nx", "%%step?", "# %%step a\nx = 1"]
+)
 def test_other_cells_are_left_alone(source: str) -> None:
     assert "__nbdurable_step__" not in transformed(source)
 
@@ -58,14 +68,22 @@ def test_a_console_does_not_take_the_first_line_for_the_whole_cell() -> None:
 
 
 def test_is_step() -> None:
-    assert [is_step(s) for s in ("%%step a\nx", "\n%%step a\nx", "%%steps a", "x\n%%step a")] == [True, True, False, False]
+    assert [is_step(s) for s in ("%%step a\nx", "\n%%step a\nx", "%%steps a", "x\n%%step a")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
         ("import numpy as np", True),
-        ("%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.style.use('x')\nplt.rcParams['a.b'] = 3", True),
+        (
+            "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.style.use('x')\nplt.rcParams['a.b'] = 3",
+            True,
+        ),
         ("'''About'''\nfrom os import path", True),
         ("import pandas as pd\ndf = pd.DataFrame()", False),
         ("import requests\nclient.post(1)", False),
