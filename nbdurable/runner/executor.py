@@ -324,7 +324,7 @@ def _death(status: int) -> str:
 
 
 def _nth(recoveries: int) -> str:
-    return "first attempt" if recoveries == 0 else f"recovered {recoveries} times"
+    return "first attempt" if recoveries == 0 else f"recovery {recoveries}"
 
 
 def _end_with_worker() -> None:
