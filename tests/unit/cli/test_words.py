@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from nbdurable.cli import app, parameters
+from nbdurable.cli import app, parameters, project
 from nbdurable.errors import ParameterError
+from nbdurable.settings import find_home
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -158,6 +159,14 @@ def test_where_nothing_has_run_lists_are_empty(command: str, empty_home: Path) -
     result = CliRunner().invoke(app, [command, "--json"])
     assert (result.exit_code, result.stdout.strip()) == (0, "[]")
     assert not empty_home.exists()
+
+
+def test_hints_name_the_home_that_the_shell_does_not_know(tmp_path: Path) -> None:
+    """A command that is printed works from where the user stands."""
+    project.choose_home(None)
+    assert project.hint(find_home())("approve 7K2MXD") == "nbdurable approve 7K2MXD"
+    project.choose_home(tmp_path / "else where")
+    assert project.hint(find_home())("approve 7K2MXD") == "nbdurable --home 'else where' approve 7K2MXD"
 
 
 def test_importing_the_commands_is_cheap() -> None:
