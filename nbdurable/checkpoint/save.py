@@ -269,7 +269,6 @@ class _Job:
             raise
         except Unfingerprintable as error:
             raise _Refused(current, f"a copy of it does not come back whole ({error.reason})") from error
-            raise _Refused(current, f"{error.reason}") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             raise _Refused(

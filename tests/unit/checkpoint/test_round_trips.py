@@ -14,9 +14,9 @@ from nbdurable.errors import BlobDamaged, BlobMissing, NotRestorable
 from tests.tools.cells import Cells
 
 PLAIN = """
-import dataclasses, enum, functools, collections, datetime, decimal, fractions, pathlib, random, re, uuid, typing
-import abc, array, types, zoneinfo
-import numpy as np, pandas as pd, polars as pl, pyarrow as pa, pydantic
+import dataclasses, enum, functools, collections, datetime, decimal, fractions, pathlib, random, re, uuid,
+typing import abc, array, types, zoneinfo import numpy as np, pandas as pd, polars as pl, pyarrow as pa,
+pydantic
 """
 # What `v` is; then an expression that must hold for the restored one.
 TYPES: dict[str, tuple[str, str]] = {
