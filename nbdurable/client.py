@@ -24,6 +24,7 @@ from nbdurable.errors import CoordinatorError, CoordinatorUnreachable, DurableEr
 from nbdurable.models import Event, Shape
 from nbdurable.security import load_token
 from nbdurable.settings import Home, find_home
+from nbdurable.telemetry import fault_point
 
 Question = TypeVar("Question", bound=Shape)
 Answer = TypeVar("Answer", bound=Shape)
@@ -81,6 +82,8 @@ class Client:
                 try:
                     connection.sock.settimeout(held_s + max(0.1, deadline - time.monotonic()))
                     connection.request(endpoint.method, path, body, self._headers)
+                    if endpoint is contract.COMMIT_STEP:
+                        fault_point("commit-sent")
                     response = connection.getresponse()
                     text = response.read()
                 except BaseException:  # also an interrupt: the next call must not read this answer

@@ -144,7 +144,7 @@ def one_run(home: Home, folder: Path, seed: int, kills: int) -> Counter[str]:
 def test_random_kills(
     home: Home, coordinator: object, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Guarantees 1, 3, 6: every run ends completed, no committed step runs twice, no acknowledged checkpoint is lost."""
+    """Guarantees 1, 3, 6: all runs complete, no committed step runs twice, no acknowledged one is lost."""
     wanted = 200 if request.config.getoption("--long") else 10
     seed = int(os.environ.get("NBDURABLE_SEED", random.SystemRandom().randrange(1 << 30)))
     killed: Counter[str] = Counter()
