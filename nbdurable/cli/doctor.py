@@ -179,6 +179,8 @@ def _stale(name: str, home: Home) -> Iterator[Check]:
             pid = int(json.loads(path.read_text(encoding="utf-8"))["pid"])
         if pid is None or not processes.exists(pid):
             gone.append(path.name)
+    if os.name == "posix" and home.socket.exists() and (gone or not home.coordinator.exists()):
+        gone.append(home.socket.name)
     said = (
         f"{', '.join(gone)} of a process that is gone: it is replaced at the next start" if gone else "none"
     )

@@ -172,7 +172,7 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[RunDetail], None]]:
         TextColumn("{task.fields[now]}"),
     )
     with Progress(*columns, TimeElapsedColumn(), console=screen.console, transient=True) as progress:
-        task = progress.add_task("", total=None, now="")
+        task = progress.add_task("", visible=False, now="")
 
         def update(run: RunDetail) -> None:
             done = sum(step.status in (StepStatus.COMPLETED, StepStatus.REPLAY) for step in run.steps)
@@ -185,6 +185,7 @@ def progress_bar(screen: Screen) -> Iterator[Callable[[RunDetail], None]]:
                 completed=done,
                 total=max(run.steps_total or 0, len(run.steps)),
                 now=plain(active),
+                visible=True,
             )
 
         yield update

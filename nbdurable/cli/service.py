@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from nbdurable import processes
@@ -20,7 +21,7 @@ from nbdurable.cli.project import pages
 from nbdurable.cli.screen import Screen
 from nbdurable.client import START_S, Client
 from nbdurable.contract import HEALTH, LIST_RUNS, SHUTDOWN, Health, ListRuns, Nothing
-from nbdurable.errors import Conflict, CoordinatorError, CoordinatorUnreachable
+from nbdurable.errors import Conflict, CoordinatorError, CoordinatorUnreachable, Unauthorized, WrongVersion
 from nbdurable.models import DriverKind, ProcessIdentity, RunStatus
 from nbdurable.security import load_token
 from nbdurable.settings import Home, Settings
@@ -41,43 +42,59 @@ def health(home: Home) -> Health | None:
         return None
 
 
-def stop(home: Home) -> Health | None:
-    """End the coordinator, if one runs, and wait until its process is gone; return what it said of itself."""
-    found = health(home)
-    if found is None:
-        return None
-    with contextlib.suppress(CoordinatorUnreachable), Client(home, start=False, timeout_s=START_S) as client:
-        client.call(SHUTDOWN, Nothing())
+@dataclass(frozen=True)
+class Ended:
+    """A coordinator that was ended; `open_runs` is None where it did not say."""
+
+    pid: int
+    open_runs: int | None
+
+
+def stop(home: Home) -> Ended | None:
+    """End the coordinator, if one runs, and wait until its process is gone; workers and runs stay."""
+    try:
+        found = health(home)
+        if found is None:
+            return None
+        ended = Ended(found.pid, found.open_runs)
+    except (WrongVersion, Unauthorized):
+        ended = Ended(int(json.loads(home.coordinator.read_text(encoding="utf-8"))["pid"]), None)
+    try:
+        with Client(home, start=False, timeout_s=START_S) as client:
+            client.call(SHUTDOWN, Nothing())
+    except CoordinatorUnreachable:
+        pass  # it was faster
+    except Unauthorized:  # its token was replaced; it is this user's all the same
+        os.kill(ended.pid, signal.SIGTERM)
     deadline = time.monotonic() + START_S
-    while processes.exists(found.pid):
+    while processes.exists(ended.pid):
         if time.monotonic() > deadline:
             raise CoordinatorError(
-                f"the coordinator {found.pid} was asked to end and still runs after {START_S:.0f} s",
+                f"the coordinator {ended.pid} was asked to end and still runs after {START_S:.0f} s",
                 todo=f"its log is {home.logs / 'coordinator.log'}",
             )
         time.sleep(0.02)
-    return found
+    return ended
 
 
-def end(home: Home) -> Health | None:
-    """End the coordinator and the workers of this host; return what the coordinator said of itself.
+def end(home: Home) -> Ended | None:
+    """End the coordinator and the workers of this host.
 
     Workers come first: they give their runs back, and would start the coordinator again.
     """
-    found = health(home)
-    if found is None:
+    if not home.coordinator.exists():
         return None
     with processes.lock(home.start_lock, timeout_s=START_S):
-        with contextlib.suppress(CoordinatorUnreachable):
+        with contextlib.suppress(CoordinatorError):
             for worker in _busy_workers(home):
                 _ask_to_end(worker)
-        stop(home)
+        ended = stop(home)
         with contextlib.suppress(
             OSError, ValueError
         ):  # the coordinator notes the worker that it started last
             note = (home.root / "worker.json").read_text(encoding="utf-8")
             processes.end_tree(ProcessIdentity.model_validate_json(note))
-    return found
+    return ended
 
 
 def _busy_workers(home: Home) -> list[ProcessIdentity]:
@@ -107,16 +124,16 @@ def run_down(home: Home, screen: Screen) -> None:
     if page is not None:
         processes.end_tree(page)
         home.dashboard.unlink(missing_ok=True)
-    found = end(home)
+    ended = end(home)
     if screen.json_mode:
-        screen.data({"stopped": found is not None, "open_runs": found.open_runs if found else None})
-    if found is None:
+        screen.data({"stopped": ended is not None, "open_runs": ended.open_runs if ended else None})
+    if ended is None:
         screen.say(f"no coordinator runs for {home.root}")
     else:
-        screen.say(f"the coordinator {found.pid} has ended{_left(found.open_runs)}")
+        screen.say(f"the coordinator {ended.pid} has ended{_left(ended.open_runs)}")
 
 
-def _left(open_runs: int) -> str:
+def _left(open_runs: int | None) -> str:
     if not open_runs:
         return ""
     runs, go = ("run is", "it goes") if open_runs == 1 else ("runs are", "they go")

@@ -222,7 +222,7 @@ def test_a_coordinator_of_another_version_is_named(own_project: Project) -> None
             if "serves" in line:
                 break
         found = own_project.run("ls")
-        other.terminate()
+        assert own_project.json("down")["stopped"]
         other.stderr.read()
     assert found.returncode == 5
     assert "99.0" in found.stderr
@@ -234,12 +234,12 @@ def test_a_token_that_does_not_match_is_named(own_project: Project) -> None:
     own_project.home.mkdir(mode=0o700)
     own_project.run("ls")
     token = own_project.home / "token"
-    kept = token.read_text()
     token.write_text("0" * 64)
     found = own_project.run("ls")
-    token.write_text(kept)
     assert found.returncode == 5
     assert "token" in found.stderr
+    assert own_project.json("down")["stopped"]
+    assert own_project.json("ls") == []
 
 
 @posix
