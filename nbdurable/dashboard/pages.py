@@ -191,7 +191,7 @@ class Page:
             return self._render(template, values, away=None)
         except CoordinatorError as error:
             template, values = self._last or ("loading.html", {"open_approvals": 0})
-            return self._render(template, values, away=error)
+            return self._render(template, values, away=error.message)
         except DurableError as error:
             values = {"message": error.message, "todo": error.todo, "open_approvals": 0}
             return self._render("trouble.html", values, away=None)
@@ -204,7 +204,7 @@ class Page:
             }
             return self._render("trouble.html", values, away=None)
 
-    def _render(self, template: str, values: dict[str, Any], *, away: CoordinatorError | None) -> str:
+    def _render(self, template: str, values: dict[str, Any], *, away: str | None) -> str:
         common = {
             "root": self.root,
             "here": self.here,

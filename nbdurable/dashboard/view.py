@@ -14,14 +14,15 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from nbdurable import lifecycle
-from nbdurable.dashboard.outputs import bounded
+from nbdurable.dashboard.outputs import MAX_TEXT_CHARS, bounded
 from nbdurable.models import RunDetail, RunStatus, Step, StepStatus
 
 FOLDER = Path(__file__).parent
 MAX_MARKDOWN_CHARS = 60_000
+MAX_WORD_CHARS = 1_000  # a name, a path, a sentence
 
 _DONE = (StepStatus.COMPLETED, StepStatus.REPLAY)
 
@@ -39,6 +40,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        finalize=_short,
     )
     environment.filters |= {
         "size": size,
@@ -46,10 +48,20 @@ def _environment() -> Environment:
         "filename": filename,
         "markdown": markdown,
         "pretty": pretty,
-        "cut": lambda text, most=20_000: bounded(text, most)[0],
+        "cut": cut,
     }
     environment.globals |= {"RunStatus": RunStatus}
     return environment
+
+
+def _short(value: Any) -> Any:
+    """Bound whatever text a template shows without saying how much of it."""
+    return cut(value, MAX_WORD_CHARS) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def cut(text: str, most: int = MAX_TEXT_CHARS) -> Markup:
+    """Return text, escaped, its middle left out where it has more than `most` characters."""
+    return escape(bounded(text, most)[0])
 
 
 def size(count: int) -> str:
