@@ -33,6 +33,7 @@ EXTENSION = "nbdurable.kernel.extension"
 _DIE_WITH_US = "__import__('ctypes').CDLL(None).prctl(1, 9, 0, 0, 0)"  # PR_SET_PDEATHSIG, SIGKILL
 SUSPENDED = "Suspended"  # the name of the control signal `errors.Suspended`, as an execute reply carries it
 AUTOSAVE_S = 5.0
+_CLEAN_EXITS = ("", "0", "None")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -339,35 +340,39 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
                 self.nb_man.cell_complete(cell, cell_index=index)
                 self._log_line(cell, "✗", "the kernel is gone")
                 raise
-            took = f"{time.monotonic() - began:.1f} s"
-            name = self._reply.get("ename")
-            if name == SUSPENDED:
-                self.nb_man.cell_waiting(cell)
-                self._log_line(cell, "⏸", took)
-                return Outcome("suspend", str(self._reply.get("evalue") or "the run waits"))
-            if name is not None and "raises-exception" not in cell.metadata.get("tags", []):
-                return self._ended_by(name, cell, index, took)
-            self.nb_man.cell_complete(cell, cell_index=index)
-            self._log_line(cell, "✓", took)
+            outcome = self._outcome_of(cell)
+            sign = self._settle(cell, index, outcome)
+            self._log_line(cell, sign, f"{time.monotonic() - began:.1f} s")
+            if outcome is not None:
+                return outcome
         return Outcome("complete", "every cell was executed")
 
-    def _ended_by(self, name: str, cell: Any, index: int, took: str) -> Outcome:
-        """Return the outcome of a cell that raised."""
+    def _outcome_of(self, cell: Any) -> Outcome | None:
+        """Return how a cell ended the notebook; None where the next one follows."""
+        name = self._reply.get("ename")
         message = _ANSI.sub("", str(self._reply.get("evalue", "")))
-        if name == "SystemExit" and message in (
-            "",
-            "0",
-            "None",
-        ):  # papermill, too, takes it for a regular end
-            self.nb_man.cell_complete(cell, cell_index=index)
-            self._log_line(cell, "✓", f"{took}, sys.exit() ended the notebook")
+        if name == SUSPENDED:
+            return Outcome("suspend", message or "the run waits")
+        if any(item.get("source") == "ask_exit" for item in self._reply.get("payload", ())):
+            return Outcome("complete", f"exit() ended it in {_title(cell)}")
+        if name is None or "raises-exception" in cell.metadata.get("tags", []):
+            return None
+        if name == "SystemExit" and message in _CLEAN_EXITS:  # as papermill sees it
             return Outcome("complete", f"sys.exit() ended it in {_title(cell)}")
-        self.nb_man.cell_exception(cell, cell_index=index)
-        self.nb_man.cell_complete(cell, cell_index=index)
-        self._log_line(cell, "✗", took)
         trace = _ANSI.sub("", "\n".join(self._reply.get("traceback", [])))
         error = ErrorInfo(name=name, message=message, traceback=trace)
         return Outcome("fail", f"{_title(cell)} raised {name}: {message}", error)
+
+    def _settle(self, cell: Any, index: int, outcome: Outcome | None) -> str:
+        """Give a cell its state; return the sign that stands for it."""
+        if outcome is not None and outcome.how == "suspend":
+            self.nb_man.cell_waiting(cell)
+            return "⏸"
+        failed = outcome is not None and outcome.how == "fail"
+        if failed:
+            self.nb_man.cell_exception(cell, cell_index=index)
+        self.nb_man.cell_complete(cell, cell_index=index)
+        return "✗" if failed else "✓"
 
     # Hooks of nbclient ------------------------------------------------------------------------------------
 
@@ -375,8 +380,7 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
         self.kc.cell_id = cell.get("id")
 
     def _take_reply(self, cell: Any, cell_index: int, execute_reply: dict[str, Any]) -> None:
-        if execute_reply["content"]["status"] == "error":
-            self._reply = execute_reply["content"]
+        self._reply = execute_reply["content"]
 
     async def async_execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
         """Execute a cell; meanwhile write its outputs every few seconds, also when it has fallen silent."""

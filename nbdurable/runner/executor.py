@@ -93,7 +93,7 @@ class Executor:
                 f"run {run.short} is {run.status}, epoch {run.epoch}: nothing to do for epoch {self.epoch}"
             )
             return 0
-        self._say(f"── run {run.short}, {_nth(run.recoveries)}, epoch {self.epoch}, process {os.getpid()} ──")
+        self._say(f"── run {run.short}, epoch {self.epoch}, process {os.getpid()} ──")
         try:
             kernel = self._kernel(run)
         except Exception as error:
@@ -321,10 +321,6 @@ def _death(status: int) -> str:
         name = f"signal {-status}"
     hint = " (out of memory, if nobody killed it by hand)" if name == "SIGKILL" else ""
     return f"its kernel was killed by {name}{hint}"
-
-
-def _nth(recoveries: int) -> str:
-    return "first attempt" if recoveries == 0 else f"recovery {recoveries}"
 
 
 def _end_with_worker() -> None:

@@ -161,7 +161,8 @@ class Worker:
             now = self.client.call(GET_RUN, ByRun(run_id=run.id))
             if now.status is RunStatus.RUNNING and now.epoch == run.epoch:
                 end_marked({"NBDURABLE_RUN_ID": run.id, "NBDURABLE_EPOCH": str(run.epoch)}, grace_s=0.0)
-                self._end(run, "lose", f"its process {_death(status)}")
+                how = "release" if self._stopping.is_set() else "lose"  # told to end before it could listen
+                self._end(run, how, f"its process {_death(status)}")
         except DurableError as error:
             _say(f"run {run.short}: {error}")
         finally:

@@ -281,13 +281,22 @@ def test_failed_run_says_why(home: Home, coordinator: Coordinator, tmp_path: Pat
     ]
 
 
-def test_early_exit_does_not_count_as_completed(home: Home, coordinator: Coordinator, tmp_path: Path) -> None:
-    """Guarantee 9: a run whose steps did not all run is not completed, and says which."""
-    path = notebooks.write(tmp_path / "a.ipynb", [LOAD, "import sys\nsys.exit()", "%%step late\nx = 1"])
+@pytest.mark.parametrize(
+    ("leave", "says"),
+    [
+        ("import sys\nsys.exit()", "sys.exit() ended it in cell cell-1, but 1 of 1 steps are not done: late"),
+        ("exit()", "exit() ended it in cell cell-1, but 1 of 1 steps are not done: late"),
+    ],
+)
+def test_early_exit_does_not_count_as_completed(
+    leave: str, says: str, home: Home, coordinator: Coordinator, tmp_path: Path
+) -> None:
+    """Guarantee 9: a run whose steps did not all run is not completed, and says which; nor is it tried again."""
+    path = notebooks.write(tmp_path / "a.ipynb", [LOAD, leave, "%%step late\nx = 1"])
     run = create_headless(coordinator.client, path)
     failed = _wait(coordinator.client, run.id, RunStatus.FAILED)
-    assert "sys.exit() ended it in cell cell-1" in failed.reason
-    assert "late" in failed.reason
+    assert says in failed.reason
+    assert failed.recoveries == 0
 
 
 def test_every_cell_is_a_step_on_request(home: Home, coordinator: Coordinator, tmp_path: Path) -> None:
