@@ -42,10 +42,10 @@ class Client:
     """
 
     def __init__(self, home: Home | None = None, *, start: bool = True, timeout_s: float = 30.0) -> None:
+        self._idle: list[http.client.HTTPConnection] = []  # as many as threads have called at once
         self.home = home or find_home()
         self._start = start
         self._timeout_s = timeout_s
-        self._idle: list[http.client.HTTPConnection] = []  # as many as threads have called at once
         self._pid = os.getpid()
         self._headers: dict[str, str] = {}
 

@@ -30,7 +30,7 @@ class Settings(BaseModel):
     on_drift: Literal["keep", "rerun", "error"] | None = None
     """What a step does when only the value of an input differs; None: the rule of the README."""
     worker_slots: int = 2
-    """Headless runs that one worker executes at once."""
+    """Headless runs that one worker executes at once; 0: this host executes none."""
     lease_s: float = 20.0
     """Seconds without a heartbeat after which a driver that can't be watched counts as dead."""
     idle_exit_s: float = 60.0

@@ -33,6 +33,7 @@ from nbdurable.store.duckdb_store import DuckDBStore
 from nbdurable.store.port import Store
 
 TICK_S = 0.5
+UNIX_SOCKETS = hasattr(socket, "AF_UNIX") and sys.platform != "win32"
 _LOCKED_S = 15.0  # how long a coordinator that ends may still hold the store
 _BACKUP_EVERY_S = 86_400.0
 
@@ -153,7 +154,8 @@ async def _tick(
 ) -> None:
     idle_since = time.monotonic()
     while True:
-        await asyncio.sleep(TICK_S)
+        due_in_s = engine.due_in_s
+        await asyncio.sleep(TICK_S if due_in_s is None else min(TICK_S, max(0.02, due_in_s)))
         try:
             await engine.tick()
         except Exception:  # e.g. no space left: the next tick tries again
@@ -179,7 +181,7 @@ async def _tick(
 def _listen(home: Home) -> tuple[socket.socket, str]:
     """Bind the socket; a stale one is removed, which is safe because this process owns the store."""
     home.coordinator.unlink(missing_ok=True)
-    if not hasattr(socket, "AF_UNIX") or sys.platform == "win32":
+    if not UNIX_SOCKETS:
         listener = socket.create_server(("127.0.0.1", 0))
         return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
     path = home.socket
@@ -218,7 +220,7 @@ def _announce(home: Home, url: str) -> None:
 
 def _forget(home: Home) -> None:
     home.coordinator.unlink(missing_ok=True)
-    if sys.platform != "win32":
+    if UNIX_SOCKETS:
         home.socket.unlink(missing_ok=True)
 
 

@@ -94,6 +94,12 @@ class Engine:
             await self._driving.tell_trouble()
 
     @property
+    def due_in_s(self) -> float | None:
+        """Return after how many seconds the next timer is over, or None where there is none."""
+        timers = self._core.timers
+        return min(timers.values()) - self._core.clock.now() if timers else None
+
+    @property
     def is_idle(self) -> bool:
         """Tell whether nothing is driven, queued or timed, so that the coordinator may end."""
         return not (

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -192,6 +193,35 @@ def test_one_that_dies_at_once_shows_its_log(home: Home, monkeypatch: pytest.Mon
     with pytest.raises(CoordinatorUnreachable, match="ended at once") as told:
         health(Client(home))
     assert "no server today" in told.value.todo
+
+
+def test_where_there_are_no_unix_sockets(home: Home) -> None:
+    """It listens on the loopback interface with the same token; a port that became another's gets no token."""
+    code = (
+        "import sys; from pathlib import Path; from nbdurable.settings import Home\n"
+        "from nbdurable.coordinator import daemon\n"
+        "daemon.UNIX_SOCKETS = False\n"
+        "daemon.serve(Home(Path(sys.argv[1])))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(home.root)], stderr=subprocess.DEVNULL) as daemon:
+        until(home.coordinator.exists, what="it answers")
+        place = json.loads(home.coordinator.read_text())
+        assert place["url"].startswith("http://127.0.0.1:")
+        with Client(home, start=False) as client:
+            assert health(client).pid == daemon.pid
+            home.token.write_text("0" * 64)
+            client.close()
+            with Client(home, start=False) as wrong, pytest.raises(Unauthorized):
+                health(wrong)
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+    with socket.create_server(("127.0.0.1", int(place["url"].rpartition(":")[2]))) as other:
+        home.coordinator.write_text(json.dumps(place))
+        with pytest.raises(CoordinatorUnreachable), Client(home, start=False) as client:
+            health(client)
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            other.accept()
 
 
 # Killed and restarted --------------------------------------------------------------------------------------
