@@ -231,7 +231,10 @@ def list_runs(
     from nbdurable.cli.tables import print_runs
 
     wanted = ListRuns(
-        status=status, notebook=str(notebook.resolve()) if notebook else None, tag=tag, limit=limit
+        status=status,
+        notebook=str(notebook.expanduser().absolute()) if notebook else None,
+        tag=tag,
+        limit=limit,
     )
     runs = connect().call(LIST_RUNS, wanted).runs if find_home().root.is_dir() else ()
     screen = Screen(json=as_json)

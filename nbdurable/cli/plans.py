@@ -1,11 +1,104 @@
-"""What would happen to each step of a notebook or a run, and why, before anything happens."""
+"""What would happen to each step of a notebook or a run, and why, before anything happens.
+
+Owns which run a notebook is compared with; the verdicts are the kernel's own (`kernel/foresight.py`). Starts no kernel.
+"""
 
 from __future__ import annotations
 
-from nbdurable.cli.screen import Screen
-from nbdurable.errors import UsageError
+import json
+from pathlib import Path
+
+from nbdurable.checkpoint.blobs import LocalBlobs
+from nbdurable.checkpoint.manifest import Manifest, unseal
+from nbdurable.cli.project import connect
+from nbdurable.cli.screen import Line, Screen
+from nbdurable.client import Client
+from nbdurable.contract import CHECKPOINTS, GET_RUN, LIST_RUNS, ByRun, ListRuns
+from nbdurable.errors import NotebookError
+from nbdurable.models import DriverKind, Run, StepStatus
+from nbdurable.security import load_key
+from nbdurable.settings import find_project
+
+_STYLES = {"restore": "cyan", "continue": "cyan", "run": "yellow"}
 
 
 def print_plan(target: str, screen: Screen) -> None:
-    """Print for each step whether it would be restored or run, with the reason."""
-    raise UsageError("`nbdurable plan` is not there yet", todo="`%durable plan` in the notebook says it")
+    """Print for each step whether it would be restored or run, with the reason.
+
+    `target`: a notebook, as its file is now, compared with its newest run; or a run, as it would be resumed.
+    """
+    from nbdurable.kernel.foresight import foresee, parse_cells
+
+    path = Path(target)
+    if path.suffix == ".ipynb" or path.is_file():
+        notebook = path.absolute()
+        client = connect(notebook, existing=False)
+        newest = _newest(client, notebook)
+        cells = _cells_now(notebook, newest)
+    else:
+        client = connect()
+        newest = client.call(GET_RUN, ByRun(run_id=target))
+        notebook = Path(newest.notebook)
+        if newest.snapshot is not None:
+            cells = _cells(bytes(LocalBlobs(client.home.blobs).read(newest.snapshot)))
+        else:
+            cells = _cells_now(notebook, newest)
+    known = {} if newest is None else _manifests(client, newest)
+    every_cell = newest is not None and newest.steps_mode == "all"
+    foreseen = foresee(parse_cells(cells), known, find_project(notebook), every_cell=every_cell)
+    if screen.json_mode:
+        screen.data([{"name": step.step, "action": step.action, "reason": step.reason} for step in foreseen])
+        return
+    compared: Line = (
+        (f"  compared with run {newest.short}, {newest.status}",) if newest else ("  it has no run yet",)
+    )
+    screen.say((notebook.name, "bold"), *compared)
+    if not foreseen:
+        screen.say("it has no steps: begin a cell with %%step NAME, or run it with --steps all")
+        return
+    width = max(len(step.step) for step in foreseen)
+    for step in foreseen:
+        screen.say(
+            f" {step.step:<{width}}  ",
+            (f"{step.action:<8}", _STYLES.get(step.action, "")),
+            f"  {step.reason}",
+        )
+
+
+def _newest(client: Client, notebook: Path) -> Run | None:
+    """Return the newest run of a notebook; nothing is started for one that can't have a run."""
+    if not client.home.root.is_dir():
+        return None
+    runs = client.call(LIST_RUNS, ListRuns(notebook=str(notebook), limit=1)).runs
+    return runs[0] if runs else None
+
+
+def _cells_now(notebook: Path, run: Run | None) -> list[dict[str, object]]:
+    """Return the cells of a notebook's file, with the parameters of a headless run put in as it had them."""
+    if run is None or run.kind is DriverKind.HEADLESS:
+        from nbdurable.runner.notebooks import prepare
+
+        found = prepare(
+            notebook, run.parameters if run else {}, steps_mode=run.steps_mode if run else "marked"
+        )
+        return _cells(found.snapshot)
+    try:
+        return _cells(notebook.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotebookError(
+            f"{notebook} can't be read as a notebook: {error}", todo="check the path"
+        ) from None
+
+
+def _cells(notebook: bytes) -> list[dict[str, object]]:
+    return list(json.loads(notebook)["cells"])
+
+
+def _manifests(client: Client, run: Run) -> dict[str, Manifest]:
+    """Return the verified manifests of a run's steps; those that run again on resume count as not there."""
+    key = load_key(client.home)
+    return {
+        found.step: unseal(found.manifest, key, of=f"step `{found.step}` of run {run.short}")
+        for found in client.call(CHECKPOINTS, ByRun(run_id=run.id)).checkpoints
+        if found.status is not StepStatus.REPLAY
+    }

@@ -50,6 +50,20 @@ def test_a_run_completes(project: Project) -> None:
     assert "y" in project.run("show", run["id"]).stdout
 
 
+def test_a_plan_says_what_would_happen_and_why(project: Project) -> None:
+    """Guarantee 9: before anything happens, for a notebook as it is now, and for a run as it would be resumed."""
+    project.notebook("planned.ipynb", ONE, TWO, parameters="n = 1")
+    before = project.json("plan", "planned.ipynb")
+    assert [(step["name"], step["action"]) for step in before] == [("one", "run"), ("two", "run")]
+    run = json.loads(project.run("run", "planned.ipynb", "-p", "n", "2", "--json").stdout)
+    project.notebook("planned.ipynb", ONE, TWO.replace("sum", "max"), parameters="n = 1")
+    after = project.json("plan", "planned.ipynb")
+    assert [(step["name"], step["action"]) for step in after] == [("one", "restore"), ("two", "run")]
+    assert all(step["reason"] for step in after)
+    assert {step["action"] for step in project.json("plan", run["id"])} == {"restore"}
+    assert "restore" in project.run("plan", run["id"]).stdout
+
+
 def test_a_followed_run_tells_each_step_in_plain_lines(project: Project) -> None:
     """Guarantees 5, 9: a run that only sleeps is followed on; no control character reaches what is no terminal."""
     project.notebook("told.ipynb", ONE, "%%step nap\ndurable.sleep('2s')", parameters="n = 1")
