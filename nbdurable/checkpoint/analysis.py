@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blake3 import blake3
 
@@ -33,6 +33,14 @@ _SCAN_ITEMS = 100  # members of a container that are looked at for functions and
 _SCAN_DEPTH = 3
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
+
+
+class Found(NamedTuple):
+    """A definition, and the cell in which it stands."""
+
+    node: Any  # a Definition; a ClassDef for classes
+    text: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -646,15 +654,16 @@ class _Search:
     def _fingerprint(self, value: Any) -> str:
         return partial_fingerprint(value, self._namespace)[0]
 
-    def _add(self, key: str, definition: tuple[Definition, str] | None, state: str, by_value: Any) -> None:
+    def _add(self, key: str, definition: Found | None, state: str, by_value: Any) -> None:
         if key in self.found.helpers:
             return
         if definition is None:
             self.found.helpers[key] = HelperFact(ast=f"value:{by_value()}", state=state)
         else:
-            node, text = definition
             self.found.helpers[key] = HelperFact(
-                ast=_node_digest(node), state=state, source=_segment(node, text)
+                ast=_node_digest(definition.node),
+                state=state,
+                source=_segment(definition.node, definition.text),
             )
 
 
@@ -682,49 +691,92 @@ def _globals_read(code: types.CodeType) -> set[str]:
     return found
 
 
-def _function_definition(code: types.CodeType) -> tuple[Definition, str] | None:
+def _cell_text(file: str) -> str:
+    return "".join(linecache.getlines(file))
+
+
+def _function_definition(code: types.CodeType) -> Found | None:
     """Find the source of compiled code; None where there is none, or it is not its own any more."""
-    text = "".join(linecache.getlines(code.co_filename))
+    text = _cell_text(code.co_filename)
     tree = _parsed(text) if text else None
-    if tree is None:
-        return None
-    for node in ast.walk(tree):
+    for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             if (node.name, _first_line(node)) == (code.co_name, code.co_firstlineno):
-                return node, text
-        elif code.co_name == "<lambda>" and (made := _named_lambda(node)) is not None:
-            if made.lineno == code.co_firstlineno:
-                return made, text
+                return Found(node, text, code.co_filename)
+        elif code.co_name == "<lambda>" and (made := _named_lambda(node, code.co_firstlineno)) is not None:
+            return Found(made, text, code.co_filename)
     return None
 
 
-def _named_lambda(node: ast.AST) -> ast.Assign | None:
-    """Return the statement `name = lambda …`, if it is one."""
-    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+def _named_lambda(node: ast.AST, line: int) -> ast.Assign | None:
+    """Return the statement `name = lambda …` on a line, if it is one."""
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) and node.value.lineno == line:
         return node if isinstance(node.targets[0], ast.Name) else None
     return None
 
 
-def _class_definition(kind: type) -> tuple[Definition, str] | None:
-    """Find the source of a class of the notebook; None where it can't be told which it is.
+def _class_definition(kind: type) -> Found | None:
+    """Find the source of a class of the notebook; None where there is none.
 
-    A class does not know its file, but its methods do; one without methods is looked for in all cells.
+    A class does not know its file, but its methods do; one without methods is looked for in all cells, and the last
+    one that binds the same names is taken.
     """
     path = tuple(_key(kind.__qualname__).split("."))
-    parts = [
+    members = [
         part
         for value in vars(kind).values()
         for part in (value, getattr(value, "__func__", None), *_accessors(value))
     ]
-    files = {part.__code__.co_filename for part in parts if isinstance(part, types.FunctionType)}
-    texts = ["".join(linecache.getlines(file)) for file in files]
-    found = [(node, text) for text in filter(None, texts) for node in _definitions_in(text, path)]
+    files = sorted({part.__code__.co_filename for part in members if isinstance(part, types.FunctionType)})
+    found = _classes_in(files, path)
     if not found:
-        cells = [entry for entry in list(linecache.cache.values()) if len(entry) == 4 and entry[1] is None]
-        texts = list(dict.fromkeys("".join(entry[2]) for entry in cells))
-        found = [(node, text) for text in texts for node in _definitions_in(text, path)]
-    classes = [(node, text) for node, text in found if isinstance(node, ast.ClassDef)]
-    return classes[0] if len({_node_digest(node) for node, _ in classes}) == 1 else None
+        cells = [
+            file for file, entry in list(linecache.cache.items()) if len(entry) == 4 and entry[1] is None
+        ]
+        found = [item for item in _classes_in(cells, path) if _binds_names_of(item.node, kind)]
+    return found[-1] if found else None
+
+
+def _classes_in(files: Iterable[str], path: tuple[str, ...]) -> list[Found]:
+    texts = [(file, _cell_text(file)) for file in files]
+    return [
+        Found(node, text, file)
+        for file, text in texts
+        for node in _definitions_in(text, path)
+        if isinstance(node, ast.ClassDef)
+    ]
+
+
+def _binds_names_of(node: ast.ClassDef, kind: type) -> bool:
+    """Tell whether a class statement without methods may be the one that made a class."""
+    names = _Names()
+    names._each(node.body)
+    fields = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+    annotated = {field.id for field in fields if isinstance(field, ast.Name)}
+    body = vars(kind)  # `kind.__annotations__` would write an empty one into the class
+    known = body.get("__annotations__")
+    if known is None and sys.version_info >= (3, 14):
+        known = kind.__annotations__
+    members = getattr(kind, "__members__", {})
+    return names.stores <= {*body, *members, *(known or ())} and annotated == set(known or ())
+
+
+def source_of_code(value: Any) -> tuple[str, str] | None:
+    """Return (file, text) of the cell that defines a function or class, if that is known."""
+    if isinstance(value, types.FunctionType):
+        file = value.__code__.co_filename
+        entry = linecache.cache.get(file)
+        return (
+            (file, _cell_text(file)) if entry is not None and len(entry) == 4 and entry[1] is None else None
+        )
+    found = _class_definition(value)
+    return None if found is None else (found.file, found.text)
+
+
+def remember_sources(sources: Mapping[str, str]) -> None:
+    """Make the sources of restored code known, to tracebacks and to `uses`."""
+    for file, text in sources.items():
+        linecache.cache.setdefault(file, (len(text), None, text.splitlines(keepends=True), file))
 
 
 def _definitions_in(text: str, path: tuple[str, ...]) -> list[Definition]:

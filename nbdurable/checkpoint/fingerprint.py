@@ -389,6 +389,8 @@ class Walk:
             if name in _DERIVED or name.startswith("__pydantic_") or name in (members if is_enum else ()):
                 continue
             item = body[name]
+            if name == "__annotations__" and not item:  # reading it makes it
+                continue
             if is_enum and not isinstance(item, types.FunctionType | property | classmethod):
                 continue
             self._emit(b"at", name.encode())

@@ -60,8 +60,8 @@ class Blob(Shape):
 class Group(Shape):
     """Variables that were pickled together because they share objects.
 
-    `stream` holds one pickle per name, in the order of `names`, with one memo; `buffers` are those out of
-    band.
+    `stream` holds one pickle per name, in the order of `names`, and one of the sources of code, all with one
+    memo; `buffers` are those out of band.
     """
 
     names: tuple[str, ...]

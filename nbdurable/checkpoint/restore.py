@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nbdurable.checkpoint import rebuild
+from nbdurable.checkpoint.analysis import remember_sources
 from nbdurable.checkpoint.blobs import BlobStore
 from nbdurable.checkpoint.manifest import Blob, Group, Manifest, read_blob
 from nbdurable.checkpoint.unsaved import Unsaved
@@ -24,7 +25,7 @@ __all__ = ["Unsaved", "load", "restore"]
 
 
 def load(names: Sequence[str], stream: bytes | memoryview, buffers: Iterable[Any]) -> dict[str, Any]:
-    """Unpickle a group, one pickle per name; only for bytes that were verified, inside `rebuild.into`.
+    """Unpickle a group; only for bytes that were verified, inside `rebuild.into`.
 
     An exception of the user's code is given an attribute `variable`, the name at which it happened.
     """
@@ -36,6 +37,7 @@ def load(names: Sequence[str], stream: bytes | memoryview, buffers: Iterable[Any
         except Exception as error:
             error.variable = name  # type: ignore[attr-defined]
             raise
+    remember_sources(unpickler.load())
     return values
 
 

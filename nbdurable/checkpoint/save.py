@@ -22,6 +22,7 @@ from typing import Any
 import cloudpickle
 
 from nbdurable.checkpoint import rebuild
+from nbdurable.checkpoint.analysis import source_of_code
 from nbdurable.checkpoint.blobs import BlobStore
 from nbdurable.checkpoint.fingerprint import (
     Unfingerprintable,
@@ -241,6 +242,7 @@ class _Job:
                 reason = str(error).strip() or type(error).__name__
                 raise _Refused(name, f"pickle refuses it ({reason[:300]}); {_PLAIN}") from error
             sizes[name] = file.tell() - start + sum(buffer.nbytes for buffer in buffers[first:])
+        pickler.dump(pickler.sources)
         pack = _Pack(names, file.getvalue(), buffers, sizes)
         small = len(pack.stream) <= VERIFIED_STREAM_BYTES
         if self.verify and small and sum(buffer.nbytes for buffer in buffers) <= VERIFIED_BUFFER_BYTES:
@@ -340,6 +342,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._memories: dict[int, Any] = {}
         self._empty: dict[int, types.CellType] = {}  # cells whose content a function carries
         self._numpy: Any = sys.modules.get("numpy")
+        self.sources: dict[str, str] = {}  # cells that define the functions and classes saved by value
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -369,6 +372,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return reference
         if not is_notebook_function(function, self._namespace):
             return super().reducer_override(function)
+        self._note_source(function)
         cells = []
         for cell in function.__closure__ or ():
             if id(cell) not in self._empty:
@@ -405,6 +409,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if (hook := _runs_when_subclassed(kind)) is not None:
             raise pickle.PicklingError(f"making the class again would run `{hook}` again")
         reduced = super().reducer_override(kind)
+        self._note_source(kind)
         if isinstance(reduced, tuple) and len(reduced) == 6:
             # cloudpickle's id would make it hand out, and set the attributes of, the living class of that id
             make, arguments, *rest = reduced
@@ -415,6 +420,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 arguments[3]["__slots__"] = vars(kind)["__slots__"]
             return (make, arguments, *rest)
         return reduced
+
+    def _note_source(self, code: Any) -> None:
+        if (found := source_of_code(code)) is not None:
+            self.sources[found[0]] = found[1]
 
     def _lru(self, function: Any) -> Any:
         if importable(function) is not None:

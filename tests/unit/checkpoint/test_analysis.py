@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- one case a line reads as a table
 """What a cell reads and writes, and what it stands on."""
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_a_pickle_bomb_in_a_tampered_manifest_does_not_go_off(tmp_path: Path) ->
     mark = tmp_path / "bang"
     cells = Cells(tmp_path)
     signed = cells.step("x = [1]")
-    bomb = b"cos\nmkdir\n(V" + str(mark).encode() + b"\ntR."
+    bomb = b"cos\nmkdir\n(V" + str(mark).encode() + b"\ntR.}."
     manifest = unseal(signed, KEY, of="step")
     stream = put_blob(bomb, cells.blobs)
     altered = manifest.model_copy(

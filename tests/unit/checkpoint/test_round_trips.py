@@ -1,22 +1,25 @@
+# ruff: noqa: E501 -- one case a line reads as a table
 """Every type that people keep in notebooks: saved, restored by another process, equal."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from nbdurable.checkpoint.analysis import uses
 from nbdurable.checkpoint.fingerprint import fingerprint
 from nbdurable.checkpoint.unsaved import Unsaved
 from nbdurable.errors import BlobDamaged, BlobMissing, NotRestorable
 from tests.tools.cells import Cells
 
 PLAIN = """
-import dataclasses, enum, functools, collections, datetime, decimal, fractions, pathlib, random, re, uuid,
-typing import abc, array, types, zoneinfo import numpy as np, pandas as pd, polars as pl, pyarrow as pa,
-pydantic
+import abc, array, collections, dataclasses, datetime, decimal, enum, fractions, functools, pathlib, random, re
+import types, typing, uuid, zoneinfo
+import numpy as np, pandas as pd, polars as pl, pyarrow as pa, pydantic
 """
 # What `v` is; then an expression that must hold for the restored one.
 TYPES: dict[str, tuple[str, str]] = {
@@ -231,6 +234,39 @@ def test_a_checkpoint_is_restored_by_another_process(tmp_path: Path) -> None:
         cwd=Path.cwd(),
     )
     assert done.stdout.split() == ["D(a=3)", "60", "80", "True", "44999850001.0"]
+
+
+def test_restored_code_has_its_source(tmp_path: Path) -> None:
+    """Guarantee 1: a later step that uses a restored function or class finds it unchanged, in another process too."""
+    plan = "import dataclasses"
+    code = (
+        "def f(x):\n    return x + 1\nclass C:\n    def m(self):\n        return f(1)\n"
+        "@dataclasses.dataclass\nclass P:\n    x: int = 1\ng = lambda: P\n"
+    )
+    cells = Cells(tmp_path, plan)
+    signed = cells.step(code)
+    names = ("f", "C", "P", "g")
+    recorded = {name: fact.ast for name, fact in uses(names, cells.namespace, tmp_path).helpers.items()}
+    assert len(recorded) == 4
+    assert not [digest for digest in recorded.values() if digest.startswith("value:")]
+    (tmp_path / "signed.json").write_text(signed.model_dump_json())
+    script = (
+        "import json, sys, inspect\nfrom pathlib import Path\nfrom nbdurable.checkpoint.analysis import uses\n"
+        "from nbdurable.models import SignedManifest\nfrom tests.tools.cells import Cells\n"
+        f"folder = Path(sys.argv[1]); cells = Cells(folder, {plan!r})\n"
+        "cells.restore(SignedManifest.model_validate_json((folder / 'signed.json').read_text()))\n"
+        f"found = uses({names!r}, cells.namespace, folder).helpers\n"
+        "assert inspect.getsource(cells['f']).startswith('def f')\n"
+        "print(json.dumps({name: fact.ast for name, fact in found.items()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path.cwd(),
+    )
+    assert recorded == json.loads(done.stdout)
 
 
 def test_variables_keep_sharing_with_each_other(tmp_path: Path) -> None:
