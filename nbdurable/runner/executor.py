@@ -339,6 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epoch", type=int, required=True, help="the lease's fencing number")
     parser.add_argument("--worker", type=int, help="pid of the worker that started this process")
     given = parser.parse_args(arguments)
+    # jsonschema would compile a grammar of URIs for nbformat, half of the time that a run takes to begin
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     log = open(sys.stdout.fileno(), "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     executor = Executor(Home(given.home.resolve()), given.run, given.epoch, worker=given.worker, log=log)
 

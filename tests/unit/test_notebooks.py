@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nbdurable.errors import NotebookError, ParameterError, StepUsageError
@@ -59,6 +61,8 @@ PARAMETERS = _cell("topic = 'x'  # what it is about\nn: int = 1\nday = None", ta
         ),
         ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": 3}', "not a valid", ""),
         ('{"nbformat": 4, "nbformat_minor": "x"}', "not a valid", ""),
+        ('{"nbformat": 4, "metadata": {}, "cells": [1]}', "cell 1 is damaged", ""),
+        ('{"nbformat": 4, "metadata": 1, "cells": []}', "not a valid", ""),
     ],
 )
 def test_what_is_no_notebook_is_refused(tmp_path: Path, content: str | None, message: str, todo: str) -> None:
@@ -161,6 +165,15 @@ def test_values_that_can_be_passed(tmp_path: Path) -> None:
     assert passed(datetime.datetime(2026, 11, 22, 1, 2, tzinfo=utc)) == "2026-11-22T01:02:00+00:00"
     assert passed(datetime.time(1, 2)) == "01:02:00"
     assert passed((1, {3, 2})) == [1, [2, 3]]
+    assert passed(np.float64(0.5)) == 0.5
+    assert passed(enum.IntEnum("Level", "LOW").LOW) == 1  # type: ignore[attr-defined]
+    assert passed(Colour.RED) == "red"
+
+
+class Colour(str, enum.Enum):  # noqa: UP042
+    """An enumeration as it was written before StrEnum, whose text is not its value."""
+
+    RED = "red"
 
 
 @pytest.mark.parametrize("value", [object(), 1j, float("nan"), float("inf"), b"x", {1: 2}, [{"a": object()}]])
