@@ -174,7 +174,11 @@ def run(
     detach: Annotated[bool, typer.Option("--detach", help="Queue the run and return.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a notebook headless and follow it: exit status 0 completed, 1 failed, 3 waiting, 4 cancelled."""
+    """Run a notebook headless and follow it.
+
+    Exit status: 0 completed, 1 failed, 2 wrong usage, 3 waiting for a person, 4 cancelled, 5 coordinator out of
+    reach. Ctrl-C leaves the run going.
+    """
     if steps not in ("marked", "all"):
         raise UsageError(f"--steps {steps} is not known", todo="use --steps marked or --steps all")
     values = (parameters.read_file(file) if file else {}) | parameters.read_pairs(parameter or ())
@@ -246,7 +250,7 @@ def list_runs(
 
 @app.command(epilog="Example: nbdurable show 4fb29c1e")
 def show(run: RunId, as_json: Json = False) -> None:
-    """Show a run: its steps with reasons, attempts and variables, what it waits for, its error."""
+    """Show a run: steps, reasons, attempts, variables, waits, errors."""
     from nbdurable.cli.tables import print_run
 
     client = connect()
@@ -265,7 +269,7 @@ def plan(
     ],
     as_json: Json = False,
 ) -> None:
-    """Say for each step whether it would run or be restored, and why."""
+    """Say which steps would run or be restored, and why."""
     from nbdurable.cli.plans import print_plan
 
     print_plan(target, Screen(json=as_json))
@@ -301,7 +305,7 @@ def logs(
 
 @app.command(epilog="Example: nbdurable resume 4fb29c1e")
 def resume(run: RunId, as_json: Json = False) -> None:
-    """Let a paused, failed or cancelled run go on headless, from its last committed step."""
+    """Let a run go on headless, from its last committed step."""
     client = connect()
     resumed = client.call(RESUME_RUN, ByRun(run_id=run))
     screen = Screen(json=as_json)
@@ -313,7 +317,7 @@ def resume(run: RunId, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: nbdurable cancel 4fb29c1e")
 def cancel(run: RunId, as_json: Json = False) -> None:
-    """Cancel a run; its committed steps are kept, and `resume` takes them up."""
+    """Cancel a run; its committed steps are kept."""
     cancelled = connect().call(CANCEL_RUN, ByRun(run_id=run))
     screen = Screen(json=as_json)
     if cancelled.status is RunStatus.CANCELLED:
@@ -444,7 +448,7 @@ def up(
 
 @app.command(epilog="Example: nbdurable down")
 def down(as_json: Json = False) -> None:
-    """End the project's coordinator and pages; runs stay, and go on when it is started again."""
+    """End the coordinator, workers and pages; runs stay, and go on later."""
     from nbdurable.cli.service import run_down
 
     run_down(find_home(), Screen(json=as_json))
@@ -452,7 +456,7 @@ def down(as_json: Json = False) -> None:
 
 @app.command(epilog="Example: nbdurable worker")
 def worker() -> None:
-    """Run a worker in front: it executes queued runs, until there are none or Ctrl-C."""
+    """Execute queued runs in front, until there are none or Ctrl-C."""
     from nbdurable.cli.service import run_worker
 
     raise typer.Exit(run_worker(find_home()))
@@ -460,7 +464,7 @@ def worker() -> None:
 
 @app.command(epilog="Example: nbdurable doctor")
 def doctor(as_json: Json = False) -> None:
-    """Check what nbdurable stands on, and say what to do about what is wrong."""
+    """Check what nbdurable stands on, and say what to do."""
     from nbdurable.cli.doctor import examine
 
     screen = Screen(json=as_json)
@@ -484,7 +488,7 @@ def demo(
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="What the agent is asked.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run a research agent, kill its worker and its kernel in the middle, and watch it go on."""
+    """Watch an agent lose its worker and its kernel, and go on."""
     from nbdurable.cli.demo import run_demo
 
     raise typer.Exit(run_demo(keep, Screen(json=as_json), yes=yes, question=question))

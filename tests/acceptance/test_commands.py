@@ -64,18 +64,27 @@ def test_a_plan_says_what_would_happen_and_why(project: Project) -> None:
     assert "restore" in project.run("plan", run["id"]).stdout
 
 
-def test_a_followed_run_tells_each_step_in_plain_lines(project: Project) -> None:
-    """Guarantees 5, 9: a run that only sleeps is followed on; no control character reaches what is no terminal."""
+@posix
+def test_a_followed_run_tells_each_step_also_across_the_coordinators_death(project: Project) -> None:
+    """Guarantees 3, 5, 9: a run that only sleeps is followed on; plain lines, no control character."""
     project.notebook("told.ipynb", ONE, "%%step nap\ndurable.sleep('2s')", parameters="n = 1")
-    found = project.run("run", "told.ipynb")
-    assert found.returncode == 0, found.stderr
-    lines = [line.split() for line in found.stdout.splitlines()]
+    with project.start("run", "told.ipynb") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        text = ""
+        for line in process.stdout:
+            text += line
+            if "sleeps until" in line:
+                os.kill(json.loads((project.home / "coordinator.json").read_text())["pid"], signal.SIGKILL)
+        assert process.wait(DEADLINE_S) == 0
+        assert process.stderr.read() == ""
+    lines = [line.split() for line in text.splitlines()]
     assert lines[0][:2] == ["told.ipynb", "run"]
     assert ["✓", "one"] in [line[:2] for line in lines]
     assert ["⏸", "nap", "sleeps", "until"] in [line[:4] for line in lines]
     assert ["✓", "nap"] in [line[:2] for line in lines]
     assert "completed" in lines[-1]
-    assert not [c for c in found.stdout + found.stderr if unicodedata.category(c) == "Cc" and c != "\n"]
+    assert not [c for c in text if unicodedata.category(c) == "Cc" and c != "\n"]
 
 
 def test_an_approval_ends_the_command_and_an_answer_goes_on(project: Project) -> None:
