@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nbdurable import processes
 from nbdurable.errors import DurableError, UsageError
 from nbdurable.settings import Home, Settings
 
@@ -68,7 +69,7 @@ async def serve(home: Home, listener: socket.socket, *, with_parent: bool = Fals
         server = uvicorn.Server(config)
 
         async def follow_parent() -> None:
-            while os.getppid() == parent:
+            while os.getppid() == parent and processes.exists(parent):
                 await asyncio.sleep(_PARENT_LOOK_S)
             server.should_exit = True
 

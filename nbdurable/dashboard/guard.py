@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import html
+import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_LOOPBACK = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REFUSED = 1008  # websocket close code: policy violation
 
@@ -32,7 +33,7 @@ nonce: ContextVar[str] = ContextVar("nonce", default="")
 """What marks the scripts of the page that is being made as ours."""
 
 
-def _policy(script_nonce: str) -> str:
+def _policy(script_nonce: str, host: str) -> str:
     # blob: is how Panel loads its components' modules. Images and frames of outputs reach no network.
     return "; ".join(
         (
@@ -41,7 +42,7 @@ def _policy(script_nonce: str) -> str:
             "style-src 'self' 'unsafe-inline'",
             "img-src 'self' data:",
             "font-src 'self' data:",
-            "connect-src 'self' blob:",
+            f"connect-src 'self' ws://{host} blob:",  # not every browser counts websockets as 'self'
             "frame-src 'none'",
             "frame-ancestors 'self'",
             "base-uri 'none'",
@@ -50,9 +51,9 @@ def _policy(script_nonce: str) -> str:
     )
 
 
-def _headers(script_nonce: str) -> list[tuple[bytes, bytes]]:
+def _headers(script_nonce: str, host: str) -> list[tuple[bytes, bytes]]:
     return [
-        (b"content-security-policy", _policy(script_nonce).encode()),
+        (b"content-security-policy", _policy(script_nonce, host).encode()),
         (b"x-frame-options", b"SAMEORIGIN"),
         (b"x-content-type-options", b"nosniff"),
         (b"referrer-policy", b"no-referrer"),
@@ -80,10 +81,11 @@ class Guard:
             await self._app(scope, receive, send)
             return
         script_nonce = secrets.token_urlsafe(16)
+        host = _header(scope, b"host") or ""
+        ours = _headers(script_nonce, host if _LOOPBACK.fullmatch(host) else "127.0.0.1")
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                ours = _headers(script_nonce)
                 names = {name for name, _ in ours}
                 kept = [
                     (name, value) for name, value in message.get("headers", ()) if name.lower() not in names
@@ -121,7 +123,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Return status and sentence for a request that may not pass, else None."""
         host = _header(scope, b"host")
-        if host is None or _name(host) not in LOOPBACK:
+        if host is None or _LOOPBACK.fullmatch(host) is None:
             return 403, "These pages answer only to 127.0.0.1 and localhost, not to the name that you used."
         origin = _header(scope, b"origin")
         unsafe = scope["type"] == "websocket" or scope["method"] not in _SAFE
@@ -160,14 +162,6 @@ class Guard:
 
 def _header(scope: Scope, wanted: bytes) -> str | None:
     return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), None)
-
-
-def _name(host: str) -> str:
-    """Return the name in a Host header, without port and brackets."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _query(scope: Scope) -> list[tuple[str, str]]:

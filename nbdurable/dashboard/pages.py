@@ -176,6 +176,8 @@ class Page:
     def _act(self, do: str, subject: str, comment: str) -> tuple[str, str, str]:
         try:
             return self.act(do, subject, comment), "", ""
+        except CoordinatorError as error:
+            return error.message, "Whether that was done is seen here when the coordinator is back.", "bad"
         except DurableError as error:
             return error.message, error.todo, "bad"
         except Exception:

@@ -1,7 +1,7 @@
 // The browser's half of a page: puts the server's HTML into <div id="live">, touching only what changed, turns
 // times into words, fetches recorded outputs when they come into view, and sends the clicks of buttons.
 
-const SILENCE_MS = 6000; // the server says something each second
+const SILENCE_MS = 4000; // the server says something each second
 
 export function render({ model }) {
   const page = document.getElementById("live");

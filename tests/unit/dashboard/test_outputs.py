@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+
 from nbdurable.dashboard import outputs, view
 from nbdurable.dashboard.outputs import Shown, show
 

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+
 from nbdurable import lifecycle
 from nbdurable.dashboard import view
 from nbdurable.models import (
