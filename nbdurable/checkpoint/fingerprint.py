@@ -8,6 +8,7 @@ not by Python's stack.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import sys
 import types
@@ -364,6 +365,10 @@ class Walk:
         for function in (value.fget, value.fset, value.fdel):
             yield "", function
 
+    def _cached_property(self, value: functools.cached_property[Any]) -> Parts:
+        self._emit(b"cp", str(value.attrname).encode())
+        yield "", value.func
+
     def _lru(self, value: Any) -> Parts:
         self._emit(b"lru", repr(sorted(value.cache_parameters().items())).encode())
         yield "", value.__wrapped__
@@ -439,12 +444,12 @@ class Walk:
         """Hash a NumPy array by its content, whatever its strides."""
         dtype = array.dtype
         self._emit(b"np", f"{dtype!r}{array.shape}".encode())
+        if own_memory:
+            self.memory.add(id(memory_owner(array)))
         if dtype.names is not None:  # field by field: padding is garbage
             return ((f"[{name!r}]", array[name]) for name in dtype.names)
         if dtype.hasobject:
             return iter(enumerate(array.ravel().tolist()))
-        if own_memory:
-            self.memory.add(id(memory_owner(array)))
         if self.hashing and array.size:
             flat = array.ravel()  # a view where it is contiguous
             self._emit(b"nb", memoryview(flat.view("u1")))
@@ -455,7 +460,7 @@ class Walk:
             return self._array(value)
         if (masked := sys.modules.get("numpy.ma")) is not None and isinstance(value, masked.MaskedArray):
             return self._masked(value, masked)
-        if isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
+        if isinstance(value, numpy.ndarray):
             self.memory.add(id(memory_owner(value)))
         if isinstance(value, numpy.ufunc):
             self._emit(b"uf", value.__name__.encode())
@@ -615,6 +620,7 @@ _HANDLERS: dict[type, Any] = {
     classmethod: Walk._wrapped,
     staticmethod: Walk._wrapped,
     property: Walk._property,
+    functools.cached_property: Walk._cached_property,
     LruCacheWrapper: Walk._lru,
 } | dict.fromkeys(DICT_VIEWS, Walk._view)
 _PACKAGES: dict[str, Any] = {
@@ -693,10 +699,10 @@ def _is_immutable_scalar(value: Any) -> bool:
     """Tell whether a package's value has no identity: NumPy scalars, dtypes, Timedeltas, Arrow types."""
     kind = type(value)
     package = kind.__module__.partition(".")[0]
+    if isinstance(value, type) or package not in (*_PACKAGES, "typing"):
+        return False
     if package == "typing":
         return True
-    if package not in _PACKAGES or isinstance(value, type):
-        return False
     module: Any = sys.modules.get(package)
     if package == "numpy":
         return isinstance(value, module.generic | module.dtype)

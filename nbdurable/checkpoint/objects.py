@@ -193,6 +193,11 @@ def unsaveable(value: Any) -> Unsaveable | None:
         return Unsaveable("an iterator", f"make a list of it, or {_PLAIN_CELL}", stream=True)
     if isinstance(value, _WEAK):
         return Unsaveable("a weak reference", f"hold the object itself, or {_PLAIN_CELL}")
+    if any(base.__name__ == "FigureBase" and base.__module__ == "matplotlib.figure" for base in kind.__mro__):
+        # loading a copy would hand it to pyplot, which shows it
+        return Unsaveable(
+            "a matplotlib figure", "its picture is kept with the outputs; draw it again where needed"
+        )
     if isinstance(value, types.FrameType | types.TracebackType):
         return Unsaveable(f"a {kind.__name__}", "keep its text instead")
     if kind is Unsaved:

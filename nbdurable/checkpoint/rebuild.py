@@ -77,6 +77,13 @@ def lru_cache(wrapped: Callable[..., Any], maxsize: int | None, typed: bool) -> 
     return functools.lru_cache(maxsize=maxsize, typed=typed)(wrapped)
 
 
+def cached_property(func: Callable[..., Any], name: str | None) -> functools.cached_property[Any]:
+    """Make a cached property again, with a lock of its own."""
+    made = functools.cached_property(func)
+    made.attrname = name
+    return made
+
+
 def view(data: Any, format: str, shape: tuple[int, ...]) -> memoryview:
     """Make a memoryview."""
     flat = memoryview(data).cast("B")

@@ -8,11 +8,13 @@ commits the manifest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import pickle
 import random as standard_random
 import sys
 import types
+import typing
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -414,9 +416,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             # cloudpickle's id would make it hand out, and set the attributes of, the living class of that id
             make, arguments, *rest = reduced
             arguments = (*arguments[:-2], None, arguments[-1])
-            if "__slots__" in vars(kind) and isinstance(
-                arguments[3], dict
-            ):  # else slots become plain attributes
+            slotted = "__slots__" in vars(kind) and isinstance(arguments[3], dict)
+            if slotted and typing.NamedTuple not in arguments[2]:  # else slots become plain attributes
                 arguments[3]["__slots__"] = vars(kind)["__slots__"]
             return (make, arguments, *rest)
         return reduced
@@ -432,6 +433,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return reference
         settings = function.cache_parameters()
         return rebuild.lru_cache, (function.__wrapped__, settings["maxsize"], settings["typed"])
+
+    def _cached_property(self, found: functools.cached_property[Any]) -> Any:
+        return rebuild.cached_property, (found.func, found.attrname)
 
     def _view(self, view: memoryview) -> Any:
         whole = (
@@ -481,6 +485,7 @@ _REDUCERS: dict[type, Any] = {
     types.FunctionType: _Pickler._function,
     types.CellType: _Pickler._cell,
     LruCacheWrapper: _Pickler._lru,
+    functools.cached_property: _Pickler._cached_property,
     memoryview: _Pickler._view,
     io.TextIOWrapper: _Pickler._forbidden,  # cloudpickle would make it a StringIO
     weakref.WeakSet: _Pickler._forbidden,

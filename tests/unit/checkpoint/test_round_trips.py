@@ -104,6 +104,19 @@ TYPES: dict[str, tuple[str, str]] = {
         "        super().__init__()\n        self.y = 2\nv = B()",
         "v.x == 1 and v.y == 2 and isinstance(v, A) and B().y == 2",
     ),
+    "frozen dataclass with slots": (
+        "@dataclasses.dataclass(frozen=True, slots=True)\nclass F:\n    a: int = 1\nv = F(2)",
+        "v == F(2) and dataclasses.replace(v, a=3).a == 3 and not hasattr(v, '__dict__')",
+    ),
+    "typing's classes": (
+        "T = typing.TypeVar('T')\nclass G(typing.Generic[T]):\n    x: T\nclass N(typing.NamedTuple):\n    a: int\n    b: str = 'x'\n"
+        "class D(typing.TypedDict):\n    a: int\nv = [N(3), G[int](), D(a=1)]",
+        "v[0] == N(3) and v[0].b == 'x' and type(v[0]) is N and v[1].__orig_class__ == G[int]",
+    ),
+    "cached property": (
+        "class C:\n    @functools.cached_property\n    def p(self):\n        return [3]\nv = C(); v.p",
+        "v.p == [3] and C().p == [3] and v.p is v.p",
+    ),
     "abstract class": (
         "class A(abc.ABC):\n    @abc.abstractmethod\n    def f(self): ...\nclass v(A):\n    def f(self):\n        return 1",
         "v().f() == 1 and A.__abstractmethods__ == {'f'}",
@@ -137,6 +150,10 @@ TYPES: dict[str, tuple[str, str]] = {
     "field view": (
         "a = np.zeros(3, dtype=[('x', 'i4'), ('y', 'f8')]); v = a['y']",
         "(v.__setitem__(0, 5.), a['y'][0])[1] == 5",
+    ),
+    "object views share memory": (
+        "a = np.array([[1], [2]], dtype=object); v = a[1:]",
+        "(v.__setitem__((0, 0), 5), a[1, 0])[1] == 5",
     ),
     "object array": ("v = np.array([1, 'x', None, [1]], dtype=object)", "v[3] == [1]"),
     "array dtypes": (
@@ -336,6 +353,11 @@ UNSAVEABLE: dict[str, tuple[str, str, str]] = {
         "class No:\n    def __reduce__(self):\n        raise RuntimeError('never')\nv = No()",
         "never",
         "plain cell",
+    ),
+    "figure": (
+        "import matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt\nv = plt.figure(); plt.close(v)",
+        "matplotlib figure",
+        "outputs",
     ),
     "never ends": (
         "class Endless:\n    def __reduce__(self):\n        return (Endless, (Endless(),))\nv = Endless()",
