@@ -119,12 +119,12 @@ def _ask_to_end(worker: ProcessIdentity) -> None:
 
 
 def run_down(home: Home, screen: Screen) -> None:
-    """End the pages, the workers and the coordinator, and say what was left open."""
+    """End the workers, the coordinator and the pages, and say what was left open."""
+    ended = end(home)
     page = _pages_process(home)
     if page is not None:
         processes.end_tree(page)
         home.dashboard.unlink(missing_ok=True)
-    ended = end(home)
     if screen.json_mode:
         screen.data({"stopped": ended is not None, "open_runs": ended.open_runs if ended else None})
     if ended is None:
@@ -152,35 +152,41 @@ def _pages_process(home: Home) -> ProcessIdentity | None:
 
 
 def run_up(home: Home, port: int | None, screen: Screen) -> None:
-    """Run coordinator and pages until Ctrl-C or SIGTERM, then end both."""
+    """Run coordinator and pages until Ctrl-C, SIGTERM or `nbdurable down`, then end both.
+
+    A coordinator that dies is started again; its clients wait for it.
+    """
     if (address := pages(home)) is not None:
         raise Conflict(f"it is up already: {address}", todo="`nbdurable down` ends it")
     settings = Settings.load(home)
     home.create()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with (
-            _coordinator(home, screen) as coordinator,
-            _dashboard(home, settings.dashboard_port if port is None else port) as dashboard,
-        ):
+        coordinator = _start_coordinator(home, screen)
+        with _dashboard(home, settings.dashboard_port if port is None else port) as dashboard:
             address = f"{pages(home)}/ui?token={load_token(home)}"
             screen.say(("✓", "green"), f" coordinator {coordinator.pid} of {home.root}")
             screen.say(("✓", "green"), " pages  ", (address, "bold"))
             screen.say("Ctrl-C ends both; runs stay, and go on later.")
             if screen.json_mode:
                 screen.data({"url": address, "pid": coordinator.pid, "home": str(home.root)})
-            _watch(home, coordinator, dashboard)
+            while status := _watch(home, coordinator, dashboard):
+                screen.say(("↻", "yellow"), f" the coordinator {coordinator.pid} ended, status {status}")
+                coordinator = _start_coordinator(home, screen)
+                screen.say(("✓", "green"), f" coordinator {coordinator.pid} of {home.root}")
     except KeyboardInterrupt:
         screen.say("ended")
+    finally:
+        with contextlib.suppress(CoordinatorError):
+            end(home)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def _coordinator(home: Home, screen: Screen) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a coordinator that does not end when idle, in place of one that ran in the background."""
+def _start_coordinator(home: Home, screen: Screen) -> subprocess.Popen[bytes]:
+    """Start a coordinator that does not end when idle, in place of one that runs in the background."""
     with processes.lock(home.start_lock, timeout_s=START_S):  # so that no client starts one in between
         if (before := stop(home)) is not None:
             screen.say(f"taking over from the coordinator {before.pid}, which ran in the background")
@@ -193,14 +199,7 @@ def _coordinator(home: Home, screen: Screen) -> Iterator[subprocess.Popen[bytes]
             if child.poll() is not None or time.monotonic() > deadline:
                 raise CoordinatorUnreachable("the coordinator did not start", todo=_ends(log))
             time.sleep(0.02)
-    try:
-        yield child
-    finally:
-        with contextlib.suppress(CoordinatorError):
-            end(home)
-        if child.poll() is None:
-            child.terminate()
-            child.wait(START_S)
+        return child
 
 
 @contextlib.contextmanager
@@ -226,18 +225,16 @@ def _dashboard(home: Home, port: int) -> Iterator[subprocess.Popen[bytes]]:
                 child.wait()
 
 
-def _watch(home: Home, coordinator: subprocess.Popen[bytes], dashboard: subprocess.Popen[bytes]) -> None:
-    """Return when `nbdurable down` ended the coordinator; raise where a process ended that should not."""
-    while True:
-        if (status := coordinator.poll()) is not None:
-            if status == 0:
-                return
-            raise CoordinatorUnreachable(
-                f"the coordinator ended, status {status}", todo=_ends(home.logs / "coordinator.log")
-            )
-        if (status := dashboard.poll()) is not None:
-            raise Conflict(f"the pages ended, status {status}", todo=_ends(home.logs / "dashboard.log"))
+def _watch(home: Home, coordinator: subprocess.Popen[bytes], dashboard: subprocess.Popen[bytes]) -> int:
+    """Return the coordinator's exit status when it has ended: 0 where it was asked to.
+
+    Raises Conflict where the pages ended first.
+    """
+    while (status := coordinator.poll()) is None:
+        if dashboard.poll() is not None:
+            raise Conflict("the pages ended", todo=_ends(home.logs / "dashboard.log"))
         time.sleep(_LOOK_S)
+    return status
 
 
 def _ends(log: Path) -> str:

@@ -266,8 +266,9 @@ def test_a_token_that_does_not_match_is_named(own_project: Project) -> None:
 
 
 @posix
-def test_up_serves_the_pages_until_ctrl_c(own_project: Project) -> None:
-    """One address that works, no second `up`, and nothing left behind."""
+@pytest.mark.parametrize("asked", ["Ctrl-C", "down"])
+def test_up_serves_the_pages_until_it_is_asked_to_end(own_project: Project, asked: str) -> None:
+    """One address that works, no second `up`, a coordinator that comes back, and nothing left behind."""
     with own_project.start("up", "--port", "0", "--json") as process:
         assert process.stdout is not None
         text = ""
@@ -285,7 +286,15 @@ def test_up_serves_the_pages_until_ctrl_c(own_project: Project) -> None:
         second = own_project.run("up")
         assert second.returncode == 1
         assert "up already" in second.stderr
-        process.send_signal(signal.SIGINT)
+        os.kill(up["pid"], signal.SIGKILL)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("✓ coordinator") and str(up["pid"]) not in line:
+                break
+        if asked == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+        else:
+            assert own_project.json("down")["stopped"]
         assert process.wait(DEADLINE_S) == 0
     assert not (own_project.home / "coordinator.json").exists()
     assert not (own_project.home / "dashboard.json").exists()
