@@ -221,7 +221,7 @@ class CommitStep(Shape):
     """Commit a checkpoint: answered when it is on disk.
 
     `status`: completed; waiting (a gate in the cell: what came before it is kept); replay (`--steps all`).
-    Sent again with the same `attempt` after a lost answer, it gets the first answer.
+    The same manifest sent again after a lost answer gets the first answer.
     """
 
     run_id: str

@@ -79,7 +79,7 @@ class StepState:
     restores: int = 0
     attempts: list[Attempt] = field(default_factory=list)
     started: dict[int, int] = field(default_factory=dict)  # attempt → seq
-    committed: dict[tuple[int, str], int] = field(default_factory=dict)  # (attempt, status) → seq
+    committed: dict[str, int] = field(default_factory=dict)  # the manifest's signature → seq
     checkpoint: StepStatus | None = None  # the status that its latest checkpoint gives it
     checkpoint_seq: int | None = None
     variables: list[dict[str, Any]] = field(default_factory=list)
@@ -186,7 +186,7 @@ def _decided(state: StepState, event: Event) -> None:
 def _committed(state: StepState, event: Event) -> None:
     number, status = int(event.data["attempt"]), event.data["status"]
     state.end(number, "waiting" if status == "waiting" else "completed", event)
-    state.committed[number, status] = event.seq
+    state.committed[event.data["signature"]] = event.seq
     state.status = state.checkpoint = COMMITS[status][1]
     state.checkpoint_seq = event.seq
     state.variables = event.data["variables"]

@@ -50,7 +50,7 @@ class Steps:
                 attempt, kind = (state.next_attempt if state is not None else 1), Kind.STEP_STARTED
             sentence = f"{wanted.step}: {wanted.action} ({wanted.reason})"
             event = self._core.step_event(live.run, kind, wanted.step, sentence, {**data, "attempt": attempt})
-            ticket = self._core.store.submit(Changes(events=(event,)))
+            ticket = self._core.store.submit(Changes(events=(event,)), may_wait=True)
             fold.apply(numbered(event, ticket.seqs[0]))
             self._core.notify_when_done(live, ticket.done)
             return contract.Begun(attempt=attempt, seq=ticket.seqs[0])
@@ -58,13 +58,14 @@ class Steps:
     async def commit_step(self, wanted: contract.CommitStep) -> contract.Committed:
         async with self._core.driven(wanted.run_id, wanted.epoch) as live:
             state = await self._state(live, wanted.step)
-            if state is not None and (wanted.attempt, wanted.status) in state.committed:
-                return contract.Committed(seq=state.committed[wanted.attempt, wanted.status])
+            if state is not None and (known := state.committed.get(wanted.manifest.signature)):
+                return contract.Committed(seq=known)
             data = {
                 "attempt": wanted.attempt,
                 "status": wanted.status,
                 "variables": [variable.model_dump(mode="json") for variable in wanted.variables],
                 "line": wanted.line,
+                "signature": wanted.manifest.signature,
             }
             sentence = f"{wanted.step}: {wanted.sentence or wanted.status}"
             event = self._core.step_event(

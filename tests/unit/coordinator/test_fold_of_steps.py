@@ -29,7 +29,16 @@ def started(seq: int, attempt: int = 1, epoch: int = 1) -> Event:
 
 def committed(seq: int, status: str = "completed", attempt: int = 1, **data: Any) -> Event:
     kind = Kind(f"step_{status}")
-    return event(seq, kind, "s", attempt=attempt, status=status, variables=[VARIABLE], **data)
+    return event(
+        seq,
+        kind,
+        "s",
+        attempt=attempt,
+        status=status,
+        variables=[VARIABLE],
+        signature=f"of event {seq}",
+        **data,
+    )
 
 
 def test_a_step_that_ran_once() -> None:
