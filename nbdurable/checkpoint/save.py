@@ -15,6 +15,7 @@ import random as standard_random
 import sys
 import types
 import typing
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -84,8 +85,10 @@ def save(
     reason; it takes no unrelated variable down. Raises StoreFull, CheckpointError if blobs can't be
     written.
     """
-    job = _Job(namespace, names, fingerprints or {}, verify)
-    packs = job.packs()
+    with warnings.catch_warnings():  # pickling objects may touch what they deprecate
+        warnings.simplefilter("ignore")
+        job = _Job(namespace, names, fingerprints or {}, verify)
+        packs = job.packs()
     groups, variables, digests = [], list(job.refused.values()), {}
     for pack in packs:
         groups.append(

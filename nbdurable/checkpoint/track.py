@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -81,11 +82,12 @@ class Tracker:
 
     def snapshot(self) -> Snapshot:
         """Look at all user variables."""
-        seen = {
-            name: self._look(name, value)
-            for name, value in list(self._namespace.items())
-            if self.is_users(name)
-        }
+        with warnings.catch_warnings():  # looking into objects may touch what they deprecate
+            warnings.simplefilter("ignore")
+            variables = [
+                (name, value) for name, value in list(self._namespace.items()) if self.is_users(name)
+            ]
+            seen = {name: self._look(name, value) for name, value in variables}
         self._constant = {name: item for name, item in seen.items() if immutable(item.value())}
         return Snapshot(seen, _random_states())
 

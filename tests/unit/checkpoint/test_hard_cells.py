@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,14 @@ def test_fingerprints_of_all_variables_are_returned(tmp_path: Path) -> None:
     """The next step compares its inputs with them."""
     cells = Cells(tmp_path, "x = 1")
     assert set(cells.watch("y = [x]").fingerprints) == {"x", "y"}
+
+
+def test_looking_warns_of_nothing(tmp_path: Path) -> None:
+    """A deprecated attribute of a user's object is no news of the step that looks at it."""
+    cells = Cells(
+        tmp_path,
+        "import warnings\nclass Old:\n    def __getstate__(self):\n        warnings.warn('old', DeprecationWarning)\n        return {}",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cells.restore(cells.step("v = Old()")).fingerprints.keys() == {"v"}
