@@ -377,11 +377,13 @@ def test_a_commit_sent_twice_is_one_checkpoint(client: Client) -> None:
     begin(client, run)
     waiting = commit(client, run, 1, status="waiting", line=4)
     assert commit(client, run, 1, status="waiting", line=4) == waiting
-    done = commit(client, run, 1)
-    assert done > waiting
-    assert commit(client, run, 1) == done
+    second_gate = SignedManifest(text='{"gate": 2}', signature="02")
+    assert commit(client, run, 1, status="waiting", line=5, manifest=second_gate) > waiting
+    whole = SignedManifest(text='{"whole": 1}', signature="03")
+    done = commit(client, run, 1, manifest=whole)
+    assert commit(client, run, 1, manifest=whole) == done
     kinds = [e.kind for e in client.call(contract.READ_EVENTS, contract.ReadEvents(run_id=run.id)).events]
-    assert kinds == ["run_created", "step_started", "step_waiting", "step_completed"]
+    assert kinds == ["run_created", "step_started", "step_waiting", "step_waiting", "step_completed"]
 
 
 def test_a_beginning_sent_twice_is_one_attempt(client: Client) -> None:
