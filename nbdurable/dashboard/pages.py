@@ -126,7 +126,8 @@ class Page:
         self.memory = memory
         self.said: Said | None = None
         self._lock = asyncio.Lock()
-        self._last: tuple[str, dict[str, Any]] | None = None
+        self._last: tuple[str, dict[str, Any], Said | None] | None = None
+        self._html_of_last = ""
         self.live = Live(self._clicked)
 
     # What each page is
@@ -188,11 +189,12 @@ class Page:
         """Return the page; where the coordinator is out of reach, the last one with a line that says so."""
         try:
             template, values = self.draw()
-            values["open_approvals"] = values.get("open_approvals", 0)
-            self._last = template, values
-            return self._render(template, values, away=None)
+            if (template, values, self.said) != self._last:
+                self._html_of_last = self._render(template, values, away=None)
+                self._last = template, values, self.said
+            return self._html_of_last
         except CoordinatorError as error:
-            template, values = self._last or ("loading.html", {"open_approvals": 0})
+            template, values, _ = self._last or ("loading.html", {"open_approvals": 0}, None)
             return self._render(template, values, away=error.message)
         except DurableError as error:
             values = {"message": error.message, "todo": error.todo, "open_approvals": 0}
@@ -280,6 +282,7 @@ class RunPage(Page):
             "run": run,
             "progress": view.progress(run.steps, run.steps_total),
             "choices": view.choices(run),
+            "error": view.own_error(run),
             "open_waits": [wait for wait in run.waits if wait.status is WaitStatus.OPEN],
             "events": list(self._events),
             "earlier": self._count - len(self._events),

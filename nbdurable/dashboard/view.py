@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from nbdurable import lifecycle
 from nbdurable.dashboard.outputs import MAX_TEXT_CHARS, bounded
-from nbdurable.models import RunDetail, RunStatus, Step, StepStatus
+from nbdurable.models import ErrorInfo, RunDetail, RunStatus, Step, StepStatus
 
 FOLDER = Path(__file__).parent
 MAX_MARKDOWN_CHARS = 60_000
@@ -128,6 +128,17 @@ def progress(steps: tuple[Step, ...], total: int | None) -> Mapping[str, int | N
     done = sum(step.status in _DONE for step in steps)
     most = max(total, len(steps)) if total is not None else None
     return {"done": done, "total": most, "percent": round(100 * done / most) if most else None}
+
+
+def own_error(run: RunDetail) -> ErrorInfo | None:
+    """Return the run's error, unless a step that failed shows it already."""
+    shown = [
+        step.attempts[-1].error for step in run.steps if step.status is StepStatus.FAILED and step.attempts
+    ]
+    error = run.error
+    if error is None or any(one and (one.name, one.message) == (error.name, error.message) for one in shown):
+        return None
+    return error
 
 
 def choices(run: RunDetail) -> Mapping[str, bool]:

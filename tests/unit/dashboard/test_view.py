@@ -128,6 +128,7 @@ def pages(text: str) -> dict[str, str]:
         "earlier": 1,
         "open_waits": list(shown.waits),
         "choices": view.choices(shown),
+        "error": shown.error,
     }
     asked: dict[str, dict[str, Any]] = {
         "runs.html": {"rows": [{"run": shown, "progress": progress}], "more": True, "status": None},
@@ -255,3 +256,12 @@ def test_progress_counts_what_is_done() -> None:
     assert view.progress(steps, None) == {"done": 2, "total": None, "percent": None}
     assert view.progress(steps, 1)["total"] == len(steps)
     assert view.progress((), 0)["percent"] is None
+
+
+def test_an_error_is_shown_once() -> None:
+    """What a failed step shows is not repeated above it; an error of the run itself is shown."""
+    failed = run("x")
+    assert view.own_error(failed) is None
+    elsewhere = failed.model_copy(update={"error": ErrorInfo(name="DeadKernelError", message="x")})
+    assert view.own_error(elsewhere) == elsewhere.error
+    assert view.own_error(failed.model_copy(update={"steps": ()})) == failed.error
