@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbdurable.client import Client
 from nbdurable.errors import NotebookError, ParameterError, StepUsageError
 from nbdurable.models import DriverKind, Run, RunStatus
-from nbdurable.runner.notebooks import check_output, output_path, prepare, step_name
+from nbdurable.runner.notebooks import check_output, create_headless, output_path, prepare, step_name
 from nbdurable.settings import Home
 
 
@@ -206,6 +207,21 @@ def test_parameters_without_a_parameters_cell_warn(tmp_path: Path) -> None:
         "cell-1",
     ]
     assert "no cell tagged `parameters`" in prepared.warnings[0]
+
+
+def test_nothing_is_made_of_what_cannot_be_run(tmp_path: Path) -> None:
+    """Guarantee 11: notebook, parameters and output are checked before a run, a blob or a folder exists."""
+    client = Client(Home(tmp_path / ".nbdurable"), start=False)
+    notebook = _notebook(tmp_path / "a.ipynb", PARAMETERS)
+    with pytest.raises(NotebookError):
+        create_headless(client, tmp_path / "none.ipynb")
+    with pytest.raises(NotebookError, match="no folder"):
+        create_headless(client, notebook, output=tmp_path / "no" / "out.ipynb")
+    with pytest.raises(NotebookError, match="working directory"):
+        create_headless(client, notebook, cwd=tmp_path / "no")
+    with pytest.raises(ParameterError):
+        create_headless(client, notebook, parameters={"nobody": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ipynb"]
 
 
 def test_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
