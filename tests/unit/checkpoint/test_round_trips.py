@@ -497,3 +497,18 @@ def test_deleted_names_are_deleted_again(tmp_path: Path) -> None:
     after.restore(signed)
     assert "x" not in after.namespace
     assert after["y"] == 2
+
+
+def test_what_needs_an_unsaved_class_is_unsaved_with_it(tmp_path: Path) -> None:
+    """Guarantee 7: an instance would come back without its class; making that class again would run code twice."""
+    before = Cells(tmp_path)
+    signed = before.step(
+        "class Meta(type): pass\nclass K(metaclass=Meta): pass\nk = K(); box = {'k': k}; free = 1"
+    )
+    after = Cells(tmp_path)
+    reasons = {variable.name: variable.reason for variable in after.restore(signed).variables}
+    assert "Meta.__new__" in reasons["K"]
+    assert "it needs `K`" in reasons["k"]
+    assert "it needs `K`" in reasons["box"]
+    assert after["free"] == 1
+    assert isinstance(after["k"], Unsaved)
