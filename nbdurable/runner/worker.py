@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import queue
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from nbdurable.client import Client
 from nbdurable.contract import END_LEASE, GET_RUN, HEALTH, LEASE_WORK, ByRun, EndLease, LeaseWork, Nothing
 from nbdurable.errors import CoordinatorUnreachable, DurableError, Fenced, NotFound
 from nbdurable.models import Driver, DriverKind, Run, RunStatus
-from nbdurable.processes import end_marked, identity
+from nbdurable.processes import end_marked, exists, identity
 from nbdurable.settings import Home, Settings
 from nbdurable.telemetry import fault_point
 
@@ -111,15 +112,26 @@ class Worker:
 
         One that ended cleanly took its file with it, and starts a worker itself when it needs one again.
         """
-        if not self._held and not self.home.coordinator.exists():
+        pid = self._coordinator()
+        if not self._held and pid is None:
             _say(f"{error.message}: this worker ends")
             return False
+        if not self._held and pid is not None and exists(pid):  # it is about to end, or to answer
+            self._stopping.wait(_TICK_S)
+            return True
         try:
             self.client.call(HEALTH, Nothing(), timeout_s=_HOLD_S)
         except DurableError as trouble:
             _say(str(trouble))
             self._stopping.wait(_BREATH_S)
         return True
+
+    def _coordinator(self) -> int | None:
+        """Return the pid of the coordinator that did not end cleanly, dead or alive."""
+        try:
+            return int(json.loads(self.home.coordinator.read_text(encoding="utf-8"))["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     # Executors ----------------------------------------------------------------------------------------------
 

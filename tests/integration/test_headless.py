@@ -113,7 +113,7 @@ def _gated(folder: Path) -> Path:
 def test_run_completes_with_parameters_and_a_true_output(
     home: Home, coordinator: Coordinator, tmp_path: Path
 ) -> None:
-    """A headless run ends completed; its output notebook is true; no kernel is left."""
+    """A headless run ends completed; its output notebook is true; no kernel is left, and at the end nothing."""
     path = notebooks.write(
         tmp_path / "a.ipynb",
         [LOAD, "%%step double\ntwice = n * 2\nprint('twice', twice)\ntwice", "print(twice + 1)"],
@@ -133,6 +133,9 @@ def test_run_completes_with_parameters_and_a_true_output(
     assert "▶ step 'double'" in log
     assert "twice 42\n" in log
     _wait_given_back(home)
+    coordinator.client.call(contract.SHUTDOWN, contract.Nothing())
+    _wait_gone(*processes_of(home))
+    assert processes_of(home) == []
 
 
 def _kill_worker(home: Home) -> None:
