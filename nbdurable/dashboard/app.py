@@ -28,7 +28,8 @@ MAX_OUTPUTS_BYTES = 256_000_000
 # Outputs are drawn on paper, as their authors saw them; their own document knows nothing of our colours.
 _FRAME_STYLE = (
     "<!doctype html><style>body{margin:8px;background:#fff;color:#111;font:14px/1.5 system-ui,sans-serif}"
-    "table{border-collapse:collapse}td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #e5e5e5}"
+    "table{border-collapse:collapse;border:0}"
+    "td,th{padding:2px 10px;text-align:right;border:0;border-bottom:1px solid #e5e5e5}"
     "img{max-width:100%}</style>"
 )
 

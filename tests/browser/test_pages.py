@@ -16,7 +16,7 @@ from playwright.sync_api import BrowserContext, expect
 from nbdurable import contract
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.models import ErrorInfo, RunStatus, Variable, WaitStatus
-from tests.browser.conftest import PHONE, Project, Tab
+from tests.tools.pages import PHONE, Project, Tab
 from tests.tools.processes import until
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(90)]
