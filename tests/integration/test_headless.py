@@ -81,10 +81,17 @@ def _wait_given_back(home: Home) -> None:
 
 
 def _until_printed(home: Home, run_id: str, text: str) -> None:
+    """Wait until a run's log shows a text; the test fails with all logs where it does not."""
     log = home.run_log(run_id)
-    until(
-        lambda: log.exists() and text in log.read_text(), what=f"{text!r} in the log", deadline_s=DEADLINE_S
-    )
+    try:
+        until(
+            lambda: log.exists() and text in log.read_text(),
+            what=f"{text!r} is printed",
+            deadline_s=DEADLINE_S,
+        )
+    except AssertionError as error:
+        logs = "".join(f"\n{path.name}:\n{path.read_text()}" for path in home.logs.iterdir())
+        raise AssertionError(f"{error}{logs}") from None
 
 
 def _steps(run: RunDetail) -> dict[str, Step]:
