@@ -202,7 +202,7 @@ class SetResult(Shape):
 
 
 class BeginStep(Shape):
-    """Record a decision about a step, with its reason, before it is carried out. Not waited for on disk."""
+    """Record a decision about a step, with its reason: answered when it is on disk, and carried out only then."""
 
     run_id: str
     epoch: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -239,18 +239,6 @@ class Core:
             live.fold = None
         live.changed.notify()
         return ticket.seqs
-
-    def notify_when_done(self, live: Live, done: Future[None]) -> None:
-        """Wake who follows a run when something that nobody waits for is on disk."""
-        loop = asyncio.get_running_loop()
-
-        def tell(future: Future[None]) -> None:
-            if (error := future.exception()) is not None:
-                log.warning("a decision was not recorded: %s", error)
-            elif not loop.is_closed():
-                loop.call_soon_threadsafe(live.changed.notify)
-
-        done.add_done_callback(tell)
 
     def _replace(self, live: Live, run: Run) -> None:
         """Put the newest version of a run into memory, and what hangs on its status."""

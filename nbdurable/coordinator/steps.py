@@ -10,11 +10,10 @@ from typing import Any
 
 from nbdurable import contract
 from nbdurable.contract import Endpoint
-from nbdurable.coordinator.core import Core, numbered
+from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.fold import COMMITS, Kind, StepState
 from nbdurable.coordinator.state import Live
 from nbdurable.errors import NotFound
-from nbdurable.store.port import Changes
 
 
 class Steps:
@@ -50,10 +49,8 @@ class Steps:
                 attempt, kind = (state.next_attempt if state is not None else 1), Kind.STEP_STARTED
             sentence = f"{wanted.step}: {wanted.action} ({wanted.reason})"
             event = self._core.step_event(live.run, kind, wanted.step, sentence, {**data, "attempt": attempt})
-            ticket = self._core.store.submit(Changes(events=(event,)), may_wait=True)
-            fold.apply(numbered(event, ticket.seqs[0]))
-            self._core.notify_when_done(live, ticket.done)
-            return contract.Begun(attempt=attempt, seq=ticket.seqs[0])
+            (seq,) = await self._core.commit(live, (event,))
+            return contract.Begun(attempt=attempt, seq=seq)
 
     async def commit_step(self, wanted: contract.CommitStep) -> contract.Committed:
         async with self._core.driven(wanted.run_id, wanted.epoch) as live:

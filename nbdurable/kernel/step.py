@@ -189,7 +189,7 @@ class Execution:
             duration_s=duration_s + (self.kept.duration_s if self.kept else 0.0),
             code=self.code,
             inputs=self.inputs,
-            fingerprints={name: value for name, value in fingerprints.items() if name in kept_names},
+            fingerprints={name: value for name, value in saved.fingerprints.items() if name in kept_names},
             variables=tuple(variables),
             groups=groups,
             deleted=tuple(sorted(deleted)),
@@ -231,7 +231,7 @@ class Execution:
             session.origins.plain_cell(self.names, self.code.digest, label_of(self.code.source))
         elif status == "completed":
             session.visited.add(self.name)
-            session.origins.step(self.name, fingerprints_of(names, fingerprints), deleted)
+            note_origins(session, manifest)
         return tuple(variables)
 
     def _needed_from(self, statement: int) -> set[str]:
@@ -240,9 +240,11 @@ class Execution:
         return analysis.uses(names.loads, self.session.values, self.session.project).inputs | set(names.loads)
 
 
-def fingerprints_of(names: set[str], known: dict[str, str]) -> dict[str, str]:
-    """Return the fingerprints of some names; one that has none counts as another value each time."""
-    return {name: known.get(name, "") for name in names}
+def note_origins(session: Session, manifest: Manifest) -> None:
+    """Note that a step wrote its variables; one that wasn't saved has no value to tell it from another."""
+    names = {variable.name for variable in manifest.variables if variable.state != "deleted"}
+    written = {name: manifest.fingerprints.get(name, "") for name in names}
+    session.origins.step(manifest.step, written, manifest.deleted)
 
 
 class Steps:
@@ -366,8 +368,7 @@ class Steps:
         except DurableError as error:
             error.todo = (error.todo or "run the step again (`%durable rerun NAME`)").replace("NAME", step)
             raise
-        names = {v.name for v in manifest.variables if v.state != "deleted"}
-        session.origins.step(step, fingerprints_of(names, manifest.fingerprints), manifest.deleted)
+        note_origins(session, manifest)
         replay(self.shell, outputs)
         fault_point("restore-done")
 

@@ -38,7 +38,6 @@ from nbdurable.store.sql import load
 from nbdurable.telemetry import fault_point
 
 MAX_GROUP = 1000  # submissions; bounds the time that the last of them waits
-HELD_BACK_S = 0.02  # how long what nobody waits for may be held back, so that it shares a transaction
 IDLE_S = 2.0
 IDLE_CHECKPOINT_BYTES = (
     4 << 20
@@ -61,7 +60,6 @@ class _Submission:
     runs: Sequence[_Row]
     waits: Sequence[_Row]
     done: Future[None]
-    may_wait: bool
 
 
 class DuckDBStore:
@@ -100,7 +98,7 @@ class DuckDBStore:
 
     # Writing -----------------------------------------------------------------------------------------------
 
-    def submit(self, changes: Changes, *, may_wait: bool = False) -> Ticket:
+    def submit(self, changes: Changes) -> Ticket:
         """Number the events and hand everything to the writer; raises StoreError if the store is closed."""
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # a submission can't be taken back
@@ -116,7 +114,6 @@ class DuckDBStore:
                     runs=[_run_row(run) for run in changes.runs],
                     waits=[_wait_row(wait) for wait in changes.waits],
                     done=done,
-                    may_wait=may_wait,
                 )
             except Exception as error:
                 done.set_exception(StoreError(f"these changes can't be written: {error}"))
@@ -140,9 +137,8 @@ class DuckDBStore:
         """Return what was submitted while the last group was written, and whether the store stays open."""
         group: list[_Submission] = []
         while len(group) < MAX_GROUP:
-            may_wait = all(submission.may_wait for submission in group)
             try:
-                submission = self._queue.get(may_wait, HELD_BACK_S if group else IDLE_S)
+                submission = self._queue.get(block=not group, timeout=IDLE_S)
             except Empty:
                 if group:
                     break

@@ -54,9 +54,7 @@ class Store(Protocol):
     Where one can't be written, its future raises StoreFull or StoreError, and nothing of it is kept.
     """
 
-    def submit(self, changes: Changes, *, may_wait: bool = False) -> Ticket:
-        """Make changes durable. `may_wait`: nobody waits for them; they may be held back for a few milliseconds,
-        to share the transaction of what comes next."""
+    def submit(self, changes: Changes) -> Ticket: ...
 
     def flush(self) -> None:
         """Wait until everything submitted so far is on disk."""
