@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -140,6 +141,7 @@ def test_run_completes_with_parameters_and_a_true_output(
     assert "▶ step 'double'" in log
     assert "twice 42\n" in log
     _wait_given_back(home)
+    assert list(Path(tempfile.gettempdir()).glob(f"nbdurable-{run.short}-*")) == []
     coordinator.client.call(contract.SHUTDOWN, contract.Nothing())
     _wait_gone(*processes_of(home))
     assert processes_of(home) == []
