@@ -20,23 +20,31 @@ _SHOWN_VARIABLES = 4
 _QUIET = (
     "font: 12px/1.5 var(--jp-code-font-family, ui-monospace, monospace); white-space: pre-wrap; opacity: .72"
 )
+_HANGING = "padding-left: 4ch; text-indent: -4ch"  # a line that is too long goes on below its text
+_NOT_SHOWN = {"module", "function", "type"}  # imports and definitions: they stand in the cell
 
 
 def say(shell: Any, text: str) -> None:
     """Display a quiet line (or a few) below the cell's own output."""
-    data = {"text/plain": text, "text/html": f'<div style="{_QUIET}">{escape(text)}</div>'}
+    lines = "".join(f'<div style="{_HANGING}">{escape(line) or "&nbsp;"}</div>' for line in text.splitlines())
+    data = {"text/plain": text, "text/html": f'<div style="{_QUIET}">{lines}</div>'}
     shell.display_pub.publish(data, {"nbdurable": {"note": True}})
 
 
 def summary(variables: Iterable[Variable]) -> str:
-    """Sum up what a checkpoint holds: `results list[10] 42 kB · draft str 3 kB · and 3 more`."""
-    saved = [v for v in variables if v.state == "saved"]
-    parts = [
-        " ".join(filter(None, (v.name, v.shape or v.type, size(v.bytes)))) for v in saved[:_SHOWN_VARIABLES]
-    ]
+    """Sum up the values that a checkpoint holds: `results list[10] 42 kB · draft str 3 kB · and 3 more`."""
+    saved = [v for v in variables if v.state == "saved" and v.type not in _NOT_SHOWN]
+    parts = [f"{v.name} {_kind(v)} {size(v.bytes)}" for v in saved[:_SHOWN_VARIABLES]]
     if len(saved) > _SHOWN_VARIABLES:
         parts.append(f"and {len(saved) - _SHOWN_VARIABLES} more")
     return " · ".join(parts)
+
+
+def _kind(variable: Variable) -> str:
+    """Write a type with its shape: `list[10]`, `DataFrame 3 × 1,`."""
+    if not variable.shape:
+        return variable.type
+    return f"{variable.type} {variable.shape}," if variable.shape[-1].isdigit() else variable.shape
 
 
 def notices(variables: Iterable[Variable]) -> list[str]:
@@ -74,29 +82,26 @@ def card(wait: Wait, home: Home) -> dict[str, Any]:
     """Return an approval as a display: our MIME type (no secrets), HTML that means something when saved, and text."""
     is_open = wait.status is WaitStatus.OPEN
     page = _page(home, wait) if is_open else None
-    commands = f"nbdurable approve {wait.id}   ·   nbdurable reject {wait.id}"
+    commands = [f"nbdurable {word} {wait.id}" for word in ("approve", "reject")]
     value = wait.preview
-    text = [
-        f"⏸ {wait.title}"
-        if is_open
-        else f"{'✓' if wait.answer and wait.answer.approved else '✗'} {wait.title}"
-    ]
+    approved = wait.answer is not None and wait.answer.approved
+    mark, colour = ("⏸", "#c98a00") if is_open else ("✓", "#2e7d32") if approved else ("✗", "#b3261e")
+    text = [f"{mark} {wait.title}"]
     text += [f"    {line}" for line in value.splitlines()]
-    text.append(f"  {commands}" if is_open else f"  {decided(wait)}")
+    text.append(f"  {'   ·   '.join(commands)}" if is_open else f"  {decided(wait)}")
     if page:
         text.append(f"  or {page}")
     state = (
-        f"<code>{escape(commands)}</code>"
+        " · ".join(f"<code>{escape(command)}</code>" for command in commands)
         + (f'<br>or <a href="{escape(page)}">open its page</a>' if page else "")
         if is_open
-        else f"<strong>{escape(decided(wait))}</strong>"
+        else f"{mark} {escape(decided(wait))}"
     )
     html = (
-        '<div style="border: 1px solid #8885; border-left: 4px solid '
-        + ("#c98a00" if is_open else "#2e7d32" if wait.answer and wait.answer.approved else "#b3261e")
-        + '; border-radius: 4px; padding: 8px 12px; max-width: 60em">'
+        f'<div style="border: 1px solid #8885; border-left: 4px solid {colour}; border-radius: 4px; '
+        'padding: 8px 12px; max-width: 60em">'
         f"<div><strong>{escape(wait.title)}</strong></div>"
-        f'<pre style="white-space: pre-wrap; max-height: 24em; overflow: auto; margin: 6px 0">{escape(value)}</pre>'
+        f'<pre style="white-space: pre-wrap; max-height: 24em; overflow: auto; margin: 8px 0">{escape(value)}</pre>'
         f"<div>{state}</div></div>"
     )
     public = {"wait": wait.id, "run": wait.run_id, "title": wait.title, "status": wait.status.value}

@@ -162,4 +162,5 @@ def greet(session: Session) -> str:
     of = f"{kept} of {len(steps)}" if steps else str(kept)
     newest = max((c.at for c in session.checkpoints.values()), default=None)
     age = f", {span(max(0.0, time.time() - newest))} old" if newest is not None else ""
-    return f"{name}, run {run.short}: {of} steps kept{age} ({run.reason}).  %durable plan · %durable new"
+    why = run.reason.partition(";")[0]  # what to do about it has just been done
+    return f"{name}, run {run.short}: {of} steps kept{age} ({why}).  %durable plan · %durable new"

@@ -316,15 +316,15 @@ class Steps:
             return
         try:
             with uninterrupted():
-                variables = execution.commit("completed")
+                self._say_kept(execution, execution.commit("completed"))
+        except KeyboardInterrupt as interrupt:  # it is kept; but the cells that follow must not run
+            self._turn_into_error(result, interrupt)
         except DurableError as trouble:
             self._turn_into_error(result, trouble)
             self._failed(execution, trouble)
         except Exception as bug:
             self._turn_into_error(result, bug)
             self._failed(execution, bug)
-        else:
-            self._say_kept(execution, variables)
 
     # Called by rewritten cells ---------------------------------------------------------------------------------
 
@@ -517,9 +517,8 @@ class Steps:
             return
         manifest = self.session.manifest(execution.name)
         took = span(manifest.duration_s) if manifest else ""
-        why = "" if execution.verdict.reason == _FRESH else f" ({execution.verdict.reason})"
         kept = display.summary(variables)
-        line = f"✓ {execution.name}  {took}{why}" + (f" · {kept}" if kept else "")
+        line = f"✓ {execution.name}  {took}{_because(execution.verdict)}" + (f" · {kept}" if kept else "")
         display.say(self.shell, "\n  ".join([line, *noticed]))
 
     def _failed(self, execution: Execution, error: BaseException) -> None:
@@ -536,13 +535,18 @@ class Steps:
         with suppress(DurableError):  # the user's own error is what must be seen
             session.client.call(contract.FAIL_STEP, question)
         if not session.headless:
-            kept = [name for name, c in session.checkpoints.items() if c.status is StepStatus.COMPLETED]
-            what = f"kept: {', '.join(kept)}" if kept else "no step is kept yet"
+            kept = [
+                name
+                for name, c in session.checkpoints.items()
+                if c.status is StepStatus.COMPLETED and name != execution.name
+            ]
+            what = f"kept: {', '.join(kept)}" if kept else "no other step is kept yet"
             if self._waits_open(execution):
-                todo = "its approval stays open: run the cell again to wait for the answer"
+                todo = "what stands above its gate is kept, too: run the cell again to go on from there"
             else:
                 todo = "fix the cell and run it again"
-            display.say(self.shell, f"✗ {execution.name} did not finish · {what} · {todo}")
+            why = _because(execution.verdict)
+            display.say(self.shell, f"✗ {execution.name} did not finish{why} · {what} · {todo}")
 
     def _waits_open(self, execution: Execution) -> bool:
         checkpoint = self.session.checkpoints.get(execution.name)
@@ -553,6 +557,11 @@ class Steps:
         if result is not None:
             result.error_in_exec = error
         self.shell.showtraceback((type(error), error, error.__traceback__))
+
+
+def _because(verdict: Verdict) -> str:
+    """Say why a step ran, where that is not plain."""
+    return "" if verdict.reason == _FRESH else f" ({verdict.reason})"
 
 
 def _elsewhere() -> bool:
@@ -577,9 +586,15 @@ def _stands_in_notebook(session: Session, cell_id: str, step: str) -> bool:
     return any(c.id == cell_id and c.options is not None and c.options.name == step for c in cells)
 
 
+def shown_as(error: BaseException, sentence: str) -> BaseException:
+    """Show an interrupt as one sentence, instead of with a traceback through our own code."""
+    error._render_traceback_ = lambda: [sentence]  # type: ignore[attr-defined]
+    return error
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back an interrupt while a checkpoint is committed; it is raised afterwards."""
+    """Hold back an interrupt while a checkpoint is committed; it is raised afterwards, unless something else is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -590,6 +605,8 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+    if held:
+        raise shown_as(KeyboardInterrupt(), "KeyboardInterrupt: what the step did until then is kept")
 
 
-__all__ = ["Cell", "Execution", "Steps", "describe_error", "uninterrupted"]
+__all__ = ["Cell", "Execution", "Steps", "describe_error", "shown_as", "uninterrupted"]

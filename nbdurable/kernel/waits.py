@@ -22,7 +22,7 @@ from nbdurable.checkpoint.preview import describe
 from nbdurable.errors import DurableError, Suspended, UsageError
 from nbdurable.kernel import display, extension
 from nbdurable.kernel.session import Session, required
-from nbdurable.kernel.step import Execution, uninterrupted
+from nbdurable.kernel.step import Execution, shown_as, uninterrupted
 from nbdurable.models import Wait, WaitKind, WaitStatus
 from nbdurable.policies import seconds
 from nbdurable.telemetry import fault_point
@@ -246,6 +246,8 @@ class _watch:
         try:
             while not self._answered.wait(TICK_S):
                 pass
+        except KeyboardInterrupt as interrupt:
+            raise shown_as(interrupt, f"KeyboardInterrupt: {self._still()}")  # noqa: B904  the same one
         finally:
             self._left.set()
         return self._outcome()
@@ -254,9 +256,16 @@ class _watch:
         try:
             while not self._answered.is_set():
                 await asyncio.sleep(TICK_S)
+        except asyncio.CancelledError as interrupt:
+            raise shown_as(interrupt, f"CancelledError: {self._still()}")  # noqa: B904  the same one
         finally:
             self._left.set()
         return self._outcome()
+
+    def _still(self) -> str:
+        if self._wait.kind is WaitKind.TIMER:
+            return "its time goes on; run the cell again to wait for its end"
+        return f"approval {self._wait.id} stays open; run the cell again to wait for the answer"
 
     def _outcome(self) -> Wait:
         if self._error is not None:

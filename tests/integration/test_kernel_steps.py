@@ -412,6 +412,26 @@ def test_an_interactive_approval_waits_and_goes_on(kernel: Kernel, home: Home) -
     assert "shorter" in card["data"]["text/html"]
 
 
+def test_an_interrupt_during_a_commit_comes_after_it(kernel: Kernel) -> None:
+    """Guarantee 2: what was being committed is kept whole; the cells that were queued behind it do not run."""
+    cell = (
+        "%%step a\nimport os, signal\n"
+        "class Pressing:\n    def __reduce__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        return (int, ())\nx = Pressing()\ny = 2"
+    )
+    interrupted = kernel.send(cell, "a")
+    queued = kernel.send("ran = 1")
+    reply = kernel.collect(interrupted)
+    assert reply.content["ename"] == "KeyboardInterrupt"
+    assert "kept" in reply.error
+    assert "✓ a" in reply.notes
+    assert kernel.collect(queued).status == "aborted"
+    assert kernel.value("'ran' in globals()") == "False"
+    restarted(kernel)
+    assert "↺ a" in kernel.run(cell, "a").notes
+    assert kernel.value("y") == "2"
+
+
 def test_an_interrupted_approval_stays_open_and_the_next_run_picks_it_up(kernel: Kernel, home: Home) -> None:
     """Interruptible; what came before the gate is not done again."""
     kernel.run("import nbdurable as durable")
@@ -420,7 +440,11 @@ def test_an_interrupted_approval_stays_open_and_the_next_run_picks_it_up(kernel:
     kernel.interrupt()
     reply = kernel.collect(sent, timeout=10)
     assert reply.content["ename"] == "KeyboardInterrupt"
-    assert "stays open" in reply.notes
+    assert (
+        reply.error
+        == f"KeyboardInterrupt: approval {wait.id} stays open; run the cell again to wait for the answer"
+    )
+    assert "above its gate is kept" in reply.notes
     assert [w.id for w in open_waits(home)] == [wait.id]
     answer(home, wait.id)
     reply = kernel.run(APPROVAL, "g")
