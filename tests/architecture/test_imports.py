@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbdurable
 import pytest
+
+import nbdurable
 
 PACKAGE = Path(nbdurable.__file__).parent
 
@@ -90,7 +91,19 @@ def loaded_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-HEAVY = {"pandas", "numpy", "polars", "pyarrow", "panel", "bokeh", "duckdb", "papermill", "fastapi", "sklearn", "rich"}
+HEAVY = {
+    "pandas",
+    "numpy",
+    "polars",
+    "pyarrow",
+    "panel",
+    "bokeh",
+    "duckdb",
+    "papermill",
+    "fastapi",
+    "sklearn",
+    "rich",
+}
 
 
 @pytest.mark.parametrize(

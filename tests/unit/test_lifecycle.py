@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nbdurable.errors import IllegalMove
 from nbdurable.lifecycle import MAX_RECOVERIES, MOVES, Effect, Happening, cancellation, loss, mermaid, move
 from nbdurable.models import DriverKind, RunStatus

@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+
 from nbdurable.checkpoint.analysis import analyse, code_digest
 from nbdurable.checkpoint.manifest import CodeFacts, HelperFact, InputFact, Manifest
 from nbdurable.checkpoint.plan import Origins, decide
@@ -14,7 +15,13 @@ INPUT = InputFact(value="v1", origin="o1", label="the cell `n = 5`")
 
 def manifest(code: CodeFacts = CODE, resume_at: int | None = None, **inputs: InputFact) -> Manifest:
     return Manifest(
-        run_id="r", step="a", created_at=0.0, duration_s=1.0, code=code, inputs=inputs or {"n": INPUT}, resume_at=resume_at
+        run_id="r",
+        step="a",
+        created_at=0.0,
+        duration_s=1.0,
+        code=code,
+        inputs=inputs or {"n": INPUT},
+        resume_at=resume_at,
     )
 
 
@@ -36,7 +43,14 @@ ELSEWHERE = InputFact(value="v2", origin="o2", label="the cell `n = 6`")
         (manifest(), facts(digest="d2", source="x = 2"), {"n": INPUT}, {}, "execute", "its code changed"),
         (manifest(), facts(digest="d2", python="3.12"), {"n": INPUT}, {}, "restore", "same code"),
         (manifest(), facts(helpers={}), {"n": INPUT}, {}, "execute", "helper `f` is gone"),
-        (manifest(), facts(helpers={"f": HELPER, "g": HELPER}), {"n": INPUT}, {}, "execute", "now uses helper `g`"),
+        (
+            manifest(),
+            facts(helpers={"f": HELPER, "g": HELPER}),
+            {"n": INPUT},
+            {},
+            "execute",
+            "now uses helper `g`",
+        ),
         (
             manifest(),
             facts(helpers={"f": HELPER.model_copy(update={"ast": "h2", "source": "def f():\n    return 2"})}),
@@ -55,7 +69,14 @@ ELSEWHERE = InputFact(value="v2", origin="o2", label="the cell `n = 6`")
         (manifest(), CODE, {"n": DRIFTED}, {"on_drift": "rerun"}, "execute", "`n` changed"),
         (manifest(), CODE, {"n": DRIFTED}, {"on_drift": "error"}, "refuse", "`n` differs"),
         (manifest(resume_at=2), CODE, {"n": INPUT}, {}, "continue", "goes on behind"),
-        (manifest(resume_at=2), facts(digest="d2", source="x"), {"n": INPUT}, {}, "execute", "its code changed"),
+        (
+            manifest(resume_at=2),
+            facts(digest="d2", source="x"),
+            {"n": INPUT},
+            {},
+            "execute",
+            "its code changed",
+        ),
     ],
 )
 def test_the_table(recorded, code, inputs, options, action, reason) -> None:  # type: ignore[no-untyped-def]
@@ -71,7 +92,9 @@ def test_inputs_are_not_looked_at_where_the_code_decides() -> None:
     def never() -> dict[str, InputFact]:
         raise AssertionError("asked for")
 
-    assert decide(manifest(), facts(digest="d2", source="x"), never, step="a", visited=False).action == "execute"
+    assert (
+        decide(manifest(), facts(digest="d2", source="x"), never, step="a", visited=False).action == "execute"
+    )
 
 
 def run_plain(origins: Origins, source: str) -> None:
