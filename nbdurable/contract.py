@@ -61,6 +61,7 @@ class Health(Shape):
     started_at: float
     open_runs: int
     workers: int
+    trouble: str = ""  # why the newest change could not be stored; empty where it could
 
 
 class ByRun(Shape):

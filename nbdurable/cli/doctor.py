@@ -132,12 +132,9 @@ def _coordinator(name: str, home: Home) -> Iterator[Check]:
         yield Check(name, True, "none runs; the next command or kernel that needs it starts one")
     else:
         age = span(max(0.0, time.time() - found.started_at))
-        yield Check(
-            name,
-            True,
-            f"{found.pid}, version {found.version}, up {age}, "
-            f"{found.open_runs} runs open, {found.workers} workers",
-        )
+        said = f"{found.pid}, version {found.version}, up {age}, {found.open_runs} runs open, {found.workers} workers"
+        trouble, _, todo = found.trouble.partition("\n  → ")
+        yield Check(name, not trouble, f"{said}; {trouble}" if trouble else said, todo)
 
 
 def _store(name: str, home: Home) -> Iterator[Check]:

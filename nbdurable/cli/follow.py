@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdurable.cli.screen import Line, Screen, clip, clock, plain, variable
-from nbdurable.contract import GET_RUN, HOLD_S, READ_EVENTS, ByRun, ReadEvents
+from nbdurable.cli.screen import Line, Screen, clip, clock, plain, variable, warn
+from nbdurable.contract import GET_RUN, HEALTH, READ_EVENTS, ByRun, Nothing, ReadEvents
 from nbdurable.coordinator.fold import Kind
 from nbdurable.models import Event, Run, RunDetail, RunStatus, Step, StepStatus, Wait, WaitKind, WaitStatus
 from nbdurable.policies import span
@@ -29,6 +29,7 @@ EXIT_STATUS = {
 }
 _TOLD = (Kind.RUN_LOST, Kind.RUN_RELEASED, Kind.RUN_DELAYED)  # what else a follower would wonder about
 _NAME_WIDTH = 10
+_HOLD_S = 5.0  # after so long without news, ask whether there can be any
 _SHOWN_VARIABLES = 3
 
 Address = Callable[[Wait], str | None]  # the page on which a wait can be answered, where pages are up
@@ -136,9 +137,15 @@ def needs_person(run: RunDetail) -> bool:
 def states(client: Client, run_id: str) -> Iterator[tuple[RunDetail, tuple[Event, ...]]]:
     """Yield a run with its new events whenever there are some, until it has ended or waits for a person."""
     after = 0
+    trouble = ""
     while True:
-        events = client.call(READ_EVENTS, ReadEvents(run_id=run_id, after=after, hold_s=HOLD_S)).events
+        events = client.call(READ_EVENTS, ReadEvents(run_id=run_id, after=after, hold_s=_HOLD_S)).events
         if not events:
+            former, trouble = trouble, client.call(HEALTH, Nothing()).trouble
+            if trouble not in ("", former):
+                warn(
+                    ("note: ", "yellow"), f"{trouble}. The run goes on by itself when it can be written again"
+                )
             continue
         after = events[-1].seq
         run = client.call(GET_RUN, ByRun(run_id=run_id))

@@ -18,11 +18,11 @@ from nbdurable.coordinator.fold import Fold, Kind
 from nbdurable.coordinator.names import as_run_id
 from nbdurable.coordinator.state import Clock, Lease, Live, Signal, SystemClock
 from nbdurable.coordinator.workers import WorkerPool
-from nbdurable.errors import Fenced, NotFound
+from nbdurable.errors import Fenced, NotFound, StoreError
 from nbdurable.lifecycle import Effect, Happening
 from nbdurable.models import Driver, Event, Run, RunStatus, SignedManifest, Wait, WaitStatus
 from nbdurable.settings import Home, Settings
-from nbdurable.store.port import Changes, NewEvent, Store
+from nbdurable.store.port import Changes, NewEvent, Store, Ticket
 
 T = TypeVar("T")
 
@@ -59,6 +59,7 @@ class Core:
         self.waits_of: dict[str, set[str]] = {}  # run id → ids of its open waits
         self.timers: dict[str, float] = {}  # wait id → when it is over
         self.stopping = False
+        self.trouble = ""  # why the newest change could not be stored
         self._rebuild()
 
     def _rebuild(self) -> None:
@@ -225,7 +226,7 @@ class Core:
         """Make a change durable, then apply it to memory; return the events' sequence numbers."""
         events, waits = tuple(events), tuple(waits)
         ticket = self.store.submit(Changes(events, (run,) if run is not None else (), waits))
-        await asyncio.wrap_future(ticket.done)
+        await self._stored(ticket)
         if run is not None:
             self._replace(live, run)
         for wait in waits:
@@ -239,6 +240,19 @@ class Core:
             live.fold = None
         live.changed.notify()
         return ticket.seqs
+
+    async def _stored(self, ticket: Ticket) -> None:
+        """Wait until a change is durable; trouble is logged once, not at each try."""
+        try:
+            await asyncio.wrap_future(ticket.done)
+        except StoreError as error:
+            if str(error) != self.trouble:
+                self.trouble = str(error)
+                log.error("%s", error)
+            raise
+        if self.trouble:
+            self.trouble = ""
+            log.info("the store can be written again")
 
     def _replace(self, live: Live, run: Run) -> None:
         """Put the newest version of a run into memory, and what hangs on its status."""

@@ -26,7 +26,7 @@ from nbdurable.coordinator.app import create_app
 from nbdurable.coordinator.engine import Engine
 from nbdurable.coordinator.state import SystemClock
 from nbdurable.coordinator.workers import WorkerPool, start_worker
-from nbdurable.errors import StoreLocked, UsageError
+from nbdurable.errors import StoreError, StoreLocked, UsageError
 from nbdurable.security import load_token
 from nbdurable.settings import Home, Settings
 from nbdurable.store.duckdb_store import DuckDBStore
@@ -158,7 +158,9 @@ async def _tick(
         await asyncio.sleep(TICK_S if due_in_s is None else min(TICK_S, max(0.02, due_in_s)))
         try:
             await engine.tick()
-        except Exception:  # e.g. no space left: the next tick tries again
+        except StoreError:  # e.g. no space left: it is logged, and the next tick tries again
+            pass
+        except Exception:
             _log.exception("a tick failed")
         if not home.root.exists():
             server.end()  # somebody removed the project's state: there is nothing to keep

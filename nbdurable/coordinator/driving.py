@@ -210,8 +210,8 @@ class Driving:
             if live.lease is not lease or live.run.epoch != epoch:
                 return
             if what is not None:
-                log.warning("run %s: %s", run_id, what)
                 await self._lose(live, what)
+                log.warning("run %s: %s", run_id, what)
             else:
                 await self._end_processes(live)
                 await self._cancelled(

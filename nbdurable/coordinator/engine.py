@@ -75,6 +75,7 @@ class Engine:
             started_at=self._started_at,
             open_runs=len(self._core.runs),
             workers=self._core.workers.alive(),
+            trouble=self._core.trouble,
         )
 
     async def _shutdown(self, _: contract.Nothing) -> contract.Nothing:

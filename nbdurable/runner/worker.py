@@ -81,6 +81,7 @@ class Worker:
     def _lease(self) -> None:
         """Ask for as many runs as there are free slots, again and again."""
         asking = Client(self.home, start=False)
+        trouble = ""
         while not self._stopping.is_set():
             with self._changed:
                 slots = self.settings.worker_slots - len(self._held)
@@ -96,9 +97,12 @@ class Worker:
                     return
                 continue
             except DurableError as error:
-                _say(str(error))
+                if str(error) != trouble:  # it may last for hours
+                    trouble = str(error)
+                    _say(trouble)
                 self._stopping.wait(_BREATH_S)
                 continue
+            trouble = ""
             with self._changed:
                 self._held |= {(run.id, run.epoch): run for run in work.runs}
             for run in work.runs:
