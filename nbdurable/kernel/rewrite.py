@@ -16,6 +16,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from typing import NoReturn
 
 from IPython.core.inputtransformer2 import cell_magic
@@ -53,6 +54,7 @@ def _names(text: str) -> frozenset[str]:
     return names
 
 
+@cache
 def _parser() -> _Parser:
     parser = _Parser(prog="%%step", add_help=False, allow_abbrev=False)
     parser.add_argument("name", nargs="*")
