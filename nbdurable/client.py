@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,17 +75,40 @@ class Client:
         answered, or CoordinatorUnreachable.
         """
         path, body = _encode(endpoint, _repeatable(question))
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        held_s = float(getattr(question, "hold_s", 0.0))
+        response = self._exchange(
+            endpoint.method,
+            path,
+            body,
+            patience_s=self._timeout_s if timeout_s is None else timeout_s,
+            held_s=float(getattr(question, "hold_s", 0.0)),
+            on_sent=_commit_sent if endpoint is contract.COMMIT_STEP else None,
+        )
+        return endpoint.answer.model_validate_json(response.body)
+
+    def page(self, path: str) -> str:
+        """Return one of the coordinator's own pages, such as `/docs` or `/openapi.json`."""
+        return self._exchange("GET", path, b"", patience_s=self._timeout_s).body.decode()
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        *,
+        patience_s: float,
+        held_s: float = 0.0,
+        on_sent: Callable[[], None] | None = None,
+    ) -> _Response:
+        deadline = time.monotonic() + patience_s
         failures = 0
         while True:
             try:
                 connection = self._connection()
                 try:
                     connection.wait_at_most(held_s + max(0.1, deadline - time.monotonic()))
-                    connection.send(endpoint.method, path, self._headers, body)
-                    if endpoint is contract.COMMIT_STEP:
-                        fault_point("commit-sent")
+                    connection.send(method, path, self._headers, body)
+                    if on_sent is not None:
+                        on_sent()
                     response = connection.receive()
                 except BaseException:  # also an interrupt: the next call must not read this answer
                     connection.close()
@@ -99,7 +122,7 @@ class Client:
             else:
                 self._idle.append(connection)
             if response.status == 200:
-                return endpoint.answer.model_validate_json(response.body)
+                return response
             raise _error(response.status, response.body)
 
     def follow(self, run_id: str, after: int = 0) -> Iterator[Event]:
@@ -289,6 +312,10 @@ def _repeatable(question: Shape) -> Shape:
     if isinstance(question, contract.CreateRun) and question.idempotency_key is None:
         return question.model_copy(update={"idempotency_key": f"request-{uuid.uuid4().hex}"})
     return question
+
+
+def _commit_sent() -> None:
+    fault_point("commit-sent")
 
 
 def _error(status: int, text: bytes) -> DurableError:

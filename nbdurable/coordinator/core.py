@@ -361,7 +361,7 @@ def fence(run: Run, epoch: int) -> None:
     if run.epoch != epoch:
         raise Fenced(
             f"run {run.short} is driven by {label(run.driver)} now (lease {run.epoch}, not {epoch})",
-            todo="nothing more of this one is kept; `%durable attach` takes the run back",
+            todo="nothing more of this one is kept; in a notebook, `%durable takeover` takes the run back",
         )
 
 

@@ -5,6 +5,7 @@ Owns the list of addresses. Knows neither how pages are drawn nor the process ar
 
 from __future__ import annotations
 
+import html
 import json
 from typing import Any
 
@@ -52,6 +53,13 @@ def create_app(client: Client) -> Guard:
     @app.get("/ui/alive")
     def alive() -> JSONResponse:
         return JSONResponse({"alive": True}, headers={"cache-control": "no-store"})
+
+    @app.get("/docs")
+    def docs() -> HTMLResponse:
+        try:
+            return HTMLResponse(client.page("/docs"))
+        except DurableError as error:
+            return HTMLResponse(f"<p>{html.escape(str(error))}</p>", 503)
 
     @app.get("/ui/outputs")
     def show_outputs(run_id: str, step: str) -> HTMLResponse:
