@@ -143,9 +143,9 @@ def states(client: Client, run_id: str) -> Iterator[tuple[RunDetail, tuple[Event
         if not events:
             former, trouble = trouble, client.call(HEALTH, Nothing()).trouble
             if trouble not in ("", former):
-                warn(
-                    ("note: ", "yellow"), f"{trouble}. The run goes on by itself when it can be written again"
-                )
+                said, _, todo = trouble.partition("\n  → ")
+                warn(("note: ", "yellow"), f"the run goes on by itself once this is over: {said}")
+                warn("  → ", todo)
             continue
         after = events[-1].seq
         run = client.call(GET_RUN, ByRun(run_id=run_id))

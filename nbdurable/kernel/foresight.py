@@ -18,7 +18,8 @@ from nbdurable.checkpoint import analysis
 from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest
 from nbdurable.checkpoint.plan import Origins, decide
 from nbdurable.errors import StepUsageError
-from nbdurable.kernel.rewrite import StepOptions, is_step, parse_step_line, rewrite_lines, take_marker
+from nbdurable.kernel.rewrite import rewrite_lines, take_marker
+from nbdurable.stepline import StepOptions, is_step, parse_step_line
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspen
 from nbdurable.kernel import display
 from nbdurable.kernel.foresight import label_of, read_cells
 from nbdurable.kernel.outputs import Output, Recorder, recording, replay
-from nbdurable.kernel.rewrite import HOOK, StepOptions, call, is_setup, parse_step_line, take_marker
+from nbdurable.kernel.rewrite import HOOK, call, is_setup, take_marker
 from nbdurable.kernel.session import Session
 from nbdurable.models import Checkpoint, ErrorInfo, StepStatus, Variable
 from nbdurable.policies import span
+from nbdurable.stepline import StepOptions, parse_step_line
 from nbdurable.telemetry import fault_point
 
 _FRESH = "it has no checkpoint yet"

@@ -23,9 +23,9 @@ from nbdurable.contract import CREATE_RUN, CreateRun
 from nbdurable.errors import NotebookError, ParameterError, StepUsageError
 from nbdurable.models import DriverKind, Run
 from nbdurable.settings import Home
+from nbdurable.stepline import read_step
 
 INJECTED = "injected-parameters"  # papermill's tag, and the id that the cell has in every run
-_STEP = "%%step"
 _CELL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 StepsMode = Literal["marked", "all"]
 Cell = dict[str, Any]
@@ -157,23 +157,32 @@ def _tags(cell: Mapping[str, Any]) -> list[str]:
 
 
 def step_name(source: str) -> str | None:
-    """Return the name on a cell's `%%step` line; None where there is none (the kernel says what is wrong)."""
-    words = source.lstrip().partition("\n")[0].split()
-    if len(words) < 2 or words[0] != _STEP or words[1].startswith("-"):
+    """Return the name on a cell's `%%step` line; None where there is none, or it can't be used."""
+    try:
+        step = read_step(source)
+    except StepUsageError:
         return None
-    return words[1]
+    return step.name if step is not None else None
 
 
 def step_cells(nb: Notebook, notebook: Path) -> dict[str, str]:
     """Return the names of a notebook's steps with the ids of their cells.
 
-    Raises StepUsageError, naming both cells, if a name occurs twice.
+    Raises StepUsageError for a step cell that can't run, naming it, and if a name occurs twice, naming both cells.
     """
     found: dict[str, tuple[int, str]] = {}
     for number, cell in enumerate(nb["cells"], start=1):
-        name = step_name(cell["source"]) if is_executed(cell) else None
-        if name is None:
+        if not is_executed(cell):
             continue
+        try:
+            step = read_step(cell["source"])
+        except StepUsageError as error:
+            raise StepUsageError(
+                f"cell {number} (id {cell['id']}) of {notebook}: {error.message}", todo=error.todo
+            ) from None
+        if step is None:
+            continue
+        name = step.name
         if name in found:
             first, first_id = found[name]
             raise StepUsageError(

@@ -12,7 +12,7 @@ import nbdurable
 PACKAGE = Path(nbdurable.__file__).parent
 
 WORDS = {"models", "errors", "settings"}
-RULES = {"lifecycle", "policies"}
+RULES = {"lifecycle", "policies", "stepline"}
 BASE = WORDS | RULES | {"contract", "security", "telemetry", "processes"}
 MAY_IMPORT = {
     "store": BASE | {"store"},

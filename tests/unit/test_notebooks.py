@@ -107,9 +107,9 @@ def test_duplicate_step_names_both_cells(tmp_path: Path) -> None:
 
 
 def test_step_names() -> None:
-    """The name is the first word behind `%%step`; anything else is no step, or the kernel's to refuse."""
-    assert step_name("%%step load --retries 3\nx") == "load"
-    assert step_name("\n\n%%step load") == "load"
+    """The name is read as the kernel reads it; what it would refuse has none."""
+    assert step_name("%%step load --force\nx") == "load"
+    assert step_name("\n\n%%step --force load\nx") == "load"
     assert [step_name(s) for s in ("%%step", "%%step --force", "%%stepper a", "x = '%%step a'", "")] == [
         None
     ] * 5

@@ -6,14 +6,8 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from nbdurable.errors import StepUsageError
-from nbdurable.kernel.rewrite import (
-    StepOptions,
-    is_setup,
-    is_step,
-    parse_step_line,
-    rewrite_lines,
-    take_marker,
-)
+from nbdurable.kernel.rewrite import is_setup, rewrite_lines, take_marker
+from nbdurable.stepline import StepOptions, is_step, parse_step_line, read_step
 
 
 def transformed(source: str) -> str:
@@ -49,15 +43,32 @@ def test_magics_below_the_line_are_transformed() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["x = 1", 'text = """\n%%step a\n"""', "%%stepper a\nx", "%%step?", "# %%step a\nx = 1"]
+    "source",
+    [
+        "x = 1",
+        'text = """\n%%step a\n"""',
+        "%%stepper a\nx",
+        "%%step?",
+        "# %%step a\nx = 1",
+        "%%bash\n%%step a\n",
+    ],
 )
 def test_other_cells_are_left_alone(source: str) -> None:
     assert "__nbdurable_step__" not in transformed(source)
 
 
-def test_a_step_line_below_a_comment_is_refused() -> None:
-    with pytest.raises(StepUsageError, match="line 2"):
-        rewrite_lines(["# why\n", "%%step a\n", "x = 1\n"])
+@pytest.mark.parametrize(
+    "above",
+    ["# why", "x = 1", "%time y()", "x = !ls", "if x:\n    y()", "%%time", "len?", '"""doc"""', "await x"],
+)
+def test_a_step_line_below_others_is_refused(above: str) -> None:
+    """Guarantee 11: where it surely is one, and not the text of something else."""
+    source = f"{above}\n%%step a\nx = 1\n"
+    said = f"line {source[: source.index('%%step')].count(chr(10)) + 1}"
+    with pytest.raises(StepUsageError, match=said):
+        rewrite_lines(source.splitlines(keepends=True))
+    with pytest.raises(StepUsageError, match=said):
+        read_step(source)
 
 
 def test_a_console_does_not_take_the_first_line_for_the_whole_cell() -> None:
