@@ -143,6 +143,7 @@ class LeaseRun(Shape):
     run_id: str
     driver: Driver
     take_over: bool = False
+    notebook: str | None = None  # where it stands now, if it may have been renamed
 
 
 class LeaseWork(Shape):

@@ -54,9 +54,11 @@ class Driving:
     async def lease_run(self, wanted: contract.LeaseRun) -> Run:
         async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
             run, driver = live.run, wanted.driver
-            reason = f"{label(driver)} drives it"
+            reason, notebook = f"{label(driver)} drives it", wanted.notebook or run.notebook
             if run.status is not RunStatus.RUNNING or run.driver is None:
-                return await self._core.move(live, Happening.LEASE, Kind.RUN_LEASED, reason, driver=driver)
+                return await self._core.move(
+                    live, Happening.LEASE, Kind.RUN_LEASED, reason, driver=driver, notebook=notebook
+                )
             former = run.driver
             if former.process == driver.process:
                 reason += " on"
@@ -70,7 +72,7 @@ class Driving:
                 if former.kind is DriverKind.HEADLESS:
                     await self._end_processes(live)
             return await self._core.move(
-                live, Happening.TAKE_OVER, Kind.RUN_TAKEN_OVER, reason, driver=driver
+                live, Happening.TAKE_OVER, Kind.RUN_TAKEN_OVER, reason, driver=driver, notebook=notebook
             )
 
     async def lease_work(self, wanted: contract.LeaseWork) -> contract.Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from IPython.core.magic import Magics, line_magic, magics_class
@@ -13,6 +14,7 @@ from nbdurable.errors import DurableError, LeaseHeld, UsageError
 from nbdurable.kernel import display
 from nbdurable.kernel.foresight import foresee, read_cells
 from nbdurable.kernel.session import Session
+from nbdurable.kernel.whereabouts import notebook_path
 from nbdurable.models import DriverKind, RunDetail, StepStatus
 from nbdurable.policies import span
 
@@ -81,7 +83,7 @@ class DurableMagics(Magics):  # type: ignore[misc]
 
     def _plan(self, _: list[str]) -> str:
         session = self._session
-        cells = read_cells(session.notebook)
+        cells = read_cells(session.notebook) or read_cells(notebook_path(session.values))  # renamed meanwhile
         known = {}
         for step in session.checkpoints:
             manifest = session.manifest(step)
@@ -163,4 +165,6 @@ def greet(session: Session) -> str:
     newest = max((c.at for c in session.checkpoints.values()), default=None)
     age = f", {span(max(0.0, time.time() - newest))} old" if newest is not None else ""
     why = run.reason.partition(";")[0]  # what to do about it has just been done
+    if run.notebook != str(session.notebook):
+        name += f" (was {Path(run.notebook).name})"
     return f"{name}, run {run.short}: {of} steps kept{age} ({why}).  %durable plan · %durable new"

@@ -21,12 +21,14 @@ from nbdurable.checkpoint.track import Tracker
 from nbdurable.client import Client
 from nbdurable.errors import DurableError, Fenced, LeaseHeld, UsageError
 from nbdurable.kernel import whereabouts
+from nbdurable.kernel.foresight import read_cells
 from nbdurable.models import Checkpoint, Driver, DriverKind, Run, StepStatus
 from nbdurable.processes import identity
 from nbdurable.settings import Home, Settings, find_home, find_project
 
 HEARTBEAT_S = 5.0
 _GOODBYE_S = 2.0
+_MOVED_AMONG = 50  # newest runs looked at for one whose notebook was renamed
 
 
 class Session:
@@ -87,14 +89,29 @@ class Session:
         """Return the notebook's newest run that a kernel can go on with."""
         question = contract.ListRuns(notebook=str(self.notebook), kind=DriverKind.INTERACTIVE, limit=1)
         runs = self.client.call(contract.LIST_RUNS, question).runs
-        return runs[0] if runs and not runs[0].status.is_final else None
+        if not runs and self.notebook.exists():
+            return self._run_under_another_name()
+        return None if not runs or runs[0].status.is_final else runs[0]
+
+    def _run_under_another_name(self) -> Run | None:
+        """Return the open run of a notebook that is gone, if it had a cell of this one: it was renamed or moved."""
+        cells = {cell.id for cell in read_cells(self.notebook)}
+        question = contract.ListRuns(kind=DriverKind.INTERACTIVE, limit=_MOVED_AMONG)
+        for run in self.client.call(contract.LIST_RUNS, question).runs:
+            if not run.status.is_final and not Path(run.notebook).exists():
+                detail = self.client.call(contract.GET_RUN, contract.ByRun(run_id=run.id))
+                if cells & {step.cell_id for step in detail.steps}:
+                    return run
+        return None
 
     def take_up(self, run: Run, *, take_over: bool = False) -> None:
         """Begin to drive an open run.
 
         Raises LeaseHeld where another kernel drives it; steps are refused with it, until `take_over` or `start_new`.
         """
-        question = contract.LeaseRun(run_id=run.id, driver=self._driver(), take_over=take_over)
+        question = contract.LeaseRun(
+            run_id=run.id, driver=self._driver(), take_over=take_over, notebook=str(self.notebook)
+        )
         try:
             self._drive(self.client.call(contract.LEASE_RUN, question))
         except LeaseHeld as error:

@@ -106,6 +106,8 @@ def test_a_traceback_shows_the_cells_own_lines(shared: Kernel) -> None:
     assert reply.status == "error"
     assert "ZeroDivisionError" in reply.error
     assert "line 4" in re.sub(r"\x1b\[[0-9;]*m", "", reply.error).replace("---> 4", "line 4")
+    assert "%%step a" in reply.error
+    assert "__nbdurable" not in reply.error
     assert "fix the cell and run it again" in reply.notes
     shared.run("%%step a\nx = 1\ny = 1\nx / y", "a")
     assert shared.value("y") == "1"
@@ -305,6 +307,42 @@ def test_figures_and_progress_are_replayed(kernel: Kernel) -> None:
     again = kernel.run(cell, "a")
     assert "↺" in again.notes
     assert [o.get("data") for o in again.own] == [o.get("data") for o in first.own]
+
+
+def test_a_renamed_notebook_keeps_its_run(kernel: Kernel, home: Home, tmp_path: Path) -> None:
+    """Guarantee 1: the run follows its notebook under another name; a copy begins a run of its own."""
+    cell = "%%step a\nx = 1"
+    old, new = tmp_path / "n.ipynb", tmp_path / "m.ipynb"
+    notebooks.write(old, [("a1b2", cell)])
+    kernel.run(cell, "a1b2")
+    notebooks.write(new, [("a1b2", cell)])
+    copied = Kernel(home.root, new, tmp_path)
+    assert "no open run" in copied.run(LOAD).notes
+    copied.shutdown()
+    old.unlink()
+    kernel.shutdown()
+    renamed = Kernel(home.root, new, tmp_path)
+    try:
+        assert "m.ipynb (was n.ipynb)" in renamed.run(LOAD).notes
+        assert "↺ a" in renamed.run(cell, "a1b2").notes
+        assert the_run(home).notebook == str(new)
+    finally:
+        renamed.shutdown()
+
+
+def test_vs_code_names_the_notebook_in_the_namespace(home: Home, coordinator: Any, tmp_path: Path) -> None:
+    """VS Code sets no environment: the run is that of the path in `__vsc_ipynb_file__`."""
+    path = notebooks.write(tmp_path / "v.ipynb", [])
+    kernel = Kernel(home.root, None, tmp_path)
+    try:
+        for mark in ("✓ a", "↺ a"):
+            kernel.run(f"__vsc_ipynb_file__ = {str(path)!r}")
+            assert "v.ipynb" in kernel.run(LOAD).notes
+            assert mark in kernel.run("%%step a\nx = 1", "vscode-notebook-cell:/v.ipynb#W0").notes
+            assert the_run(home).notebook == str(path)
+            kernel.restart()
+    finally:
+        kernel.shutdown()
 
 
 def test_a_second_kernel_is_told_and_may_take_over(kernel: Kernel, home: Home, tmp_path: Path) -> None:
