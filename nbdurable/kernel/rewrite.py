@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import json
+import linecache
 import re
 
 from IPython.core.inputtransformer2 import cell_magic
@@ -47,6 +48,18 @@ def take_marker(tree: ast.Module) -> str | None:
             del tree.body[0]
             return line
     return None
+
+
+def unmark(line: str) -> None:
+    """Let tracebacks show a cell's `%%step` line instead of the marker: as a comment, since they parse it."""
+    for entry in linecache.cache.values():
+        if len(entry) > 2:  # else not read yet, so no cell
+            shown = entry[2]
+            for index, text in enumerate(shown):
+                if text.startswith(MARKER):
+                    shown[index] = f"# {line}\n"
+                if text.strip():
+                    break
 
 
 def call(method: str, *arguments: object) -> ast.stmt:

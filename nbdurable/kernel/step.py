@@ -30,7 +30,7 @@ from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspen
 from nbdurable.kernel import display
 from nbdurable.kernel.foresight import label_of, read_cells
 from nbdurable.kernel.outputs import Output, Recorder, recording, replay
-from nbdurable.kernel.rewrite import HOOK, call, is_setup, take_marker
+from nbdurable.kernel.rewrite import HOOK, call, is_setup, take_marker, unmark
 from nbdurable.kernel.session import Session
 from nbdurable.models import Checkpoint, ErrorInfo, StepStatus, Variable
 from nbdurable.policies import span
@@ -379,6 +379,7 @@ class Steps:
         session = self.session
         line = take_marker(tree)
         if line is not None:
+            unmark(line)
             options = parse_step_line(line)
             if not tree.body:
                 raise StepUsageError(
