@@ -5,6 +5,7 @@ Owns the layout of `.nbdurable/` and `Settings`; reads the environment only in `
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import tomllib
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nbdurable.errors import UsageError
+from nbdurable.errors import StoreError, StoreFull, UsageError
 
 FOLDER = ".nbdurable"
 _PROJECT_MARKS = ("pyproject.toml", ".git", "setup.py", "setup.cfg")
@@ -61,6 +62,11 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
+            if name not in cls.model_fields:
+                raise UsageError(
+                    f"there is no setting {name!r} ({path}); those there are: {', '.join(cls.model_fields)}",
+                    todo="mend its name or remove it",
+                ) from None
             raise UsageError(
                 f"the setting {name!r} can't be used: {first['msg']}",
                 todo=f"mend it in {path} or in the environment (NBDURABLE_{name.upper()})",
@@ -128,12 +134,19 @@ class Home:
         return Path(tempfile.gettempdir()) / f"nbdurable-{os.getuid()}-{name}" / "coordinator.sock"
 
     def create(self) -> Home:
-        """Make the folder (mode 0700) and those within, where they are missing."""
-        for folder in (self.root, self.blobs, self.logs):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ignore = self.root / ".gitignore"
-        if not ignore.exists():
-            ignore.write_text("*\n", encoding="utf-8")
+        """Make the folder (mode 0700) and those within, where they are missing; raises StoreError."""
+        try:
+            for folder in (self.root, self.blobs, self.logs):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            ignore = self.root / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n", encoding="utf-8")
+        except OSError as error:
+            kind = StoreFull if error.errno == errno.ENOSPC else StoreError
+            raise kind(
+                f"the project's state can't be kept in {self.root}: {error.strerror}: {error.filename}",
+                todo="make room, change its owner or mode, or name another folder: --home DIR or NBDURABLE_HOME",
+            ) from None
         return self
 
 

@@ -24,7 +24,10 @@ from nbdurable.telemetry import fault_point
 MAP_FROM_BYTES = 1 << 20  # below it, reading is cheaper than mapping
 _PARALLEL_FROM_BYTES = 4 << 20
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_RERUN = "nothing was loaded from it. Put the file back, or run the step again (`%durable rerun NAME`)"
+_RERUN = (
+    "nothing was loaded from it. Put the file back, or run the step again "
+    "(`%durable rerun NAME`; headless: a new run)"
+)
 
 
 def digest_of(data: bytes | bytearray | memoryview | mmap.mmap) -> str:
@@ -165,9 +168,9 @@ def _failure(error: OSError, path: Path, size: int) -> CheckpointError | StoreFu
     if error.errno in _FULL:
         return StoreFull(
             f"no space left for a blob of {size} bytes at {path}",
-            todo="nothing was committed. Free some space, then run the cell again",
+            todo="nothing was committed. Free some space, then repeat it (a failed run: `nbdurable resume`)",
         )
     return CheckpointError(
         f"a blob of {size} bytes can't be written at {path}: {error}",
-        todo="nothing was committed. Make the folder writable, then run the cell again",
+        todo="nothing was committed. Make the folder writable, then repeat it (a failed run: `nbdurable resume`)",
     )

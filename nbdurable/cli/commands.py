@@ -62,6 +62,9 @@ class _Group(TyperGroup):
         except BrokenPipeError:  # the reader of a pipe has seen enough
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing is left to be written at exit)
             raise typer.Exit(0) from None
+        except OSError as error:  # a disk or a folder, which nbdurable can't mend
+            named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            _fail(error, named, "make room, or change its owner or mode; `nbdurable doctor` looks further", 1)
         except Exception as error:
             if type(error).__module__.startswith(("typer.", "click.")):  # their exits, and wrong usage
                 raise
@@ -240,7 +243,7 @@ def list_runs(
         tag=tag,
         limit=limit,
     )
-    runs = connect().call(LIST_RUNS, wanted).runs if find_home().root.is_dir() else ()
+    runs = connect().call(LIST_RUNS, wanted).runs if find_home().root.exists() else ()
     screen = Screen(json=as_json)
     if as_json:
         screen.data(runs)
@@ -340,7 +343,7 @@ def waits(
     from nbdurable.cli.tables import print_waits
 
     wanted = ListWaits(status=None if everything else WaitStatus.OPEN)
-    found = connect().call(LIST_WAITS, wanted).waits if find_home().root.is_dir() else ()
+    found = connect().call(LIST_WAITS, wanted).waits if find_home().root.exists() else ()
     screen = Screen(json=as_json)
     if as_json:
         screen.data(found)

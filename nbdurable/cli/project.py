@@ -39,7 +39,7 @@ def connect(start: Path | None = None, *, existing: bool = True) -> Client:
     from nbdurable.client import Client
 
     home = find_home(start)
-    if existing and not home.root.is_dir():
+    if existing and not home.root.exists():
         raise NotFound(
             f"nothing has run here yet: there is no {home.root}",
             todo="go to the project's folder, or name its state: nbdurable --home DIR …",

@@ -26,6 +26,8 @@ from nbdurable.settings import Home
 from nbdurable.stepline import read_step
 
 INJECTED = "injected-parameters"  # papermill's tag, and the id that the cell has in every run
+_NAME_BYTES = 230  # of the 255 of a file's name, since a draft has a longer one
+_STEM_BYTES = 180
 _CELL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 StepsMode = Literal["marked", "all"]
 Cell = dict[str, Any]
@@ -89,25 +91,41 @@ def create_headless(
     if warn is not None:
         for sentence in prepared.warnings:
             warn(sentence)
-    return client.call(CREATE_RUN, question)
+    run = client.call(CREATE_RUN, question)
+    if warn is not None and (run.notebook, run.snapshot, run.parameters) != (
+        question.notebook,
+        digest,
+        question.parameters,
+    ):
+        warn(
+            f"the key {idempotency_key!r} belongs to run {run.short} of {Path(run.notebook).name}, which is returned: "
+            "its notebook or its parameters are others than those given now"
+        )
+    return run
 
 
 def output_path(home: Home, run: Run) -> Path:
     """Return where a run's output notebook stands: where the run says, else among the project's outputs."""
     if run.output is not None:
         return Path(run.output)
-    return home.root / "outputs" / f"{Path(run.notebook).stem}-{run.short}.ipynb"
+    stem = Path(run.notebook).stem.encode()[:_STEM_BYTES].decode(errors="ignore")
+    return home.root / "outputs" / f"{stem}-{run.short}.ipynb"
 
 
 def check_output(output: Path, notebook: Path) -> None:
     """Raise NotebookError if the output notebook could not be written there."""
     todo = "name another file with -o, or leave -o out: the output then goes to `.nbdurable/outputs/`"
-    if output.is_dir():
-        raise NotebookError(f"the output {output} is a folder", todo=todo)
     if not output.parent.is_dir():
         raise NotebookError(
             f"the output {output} can't be written: there is no folder {output.parent}", todo=todo
         )
+    if len(os.fsencode(output.name)) > _NAME_BYTES:
+        raise NotebookError(
+            f"the output {output.name[:40]}… can't be written: its name is longer than {_NAME_BYTES} bytes",
+            todo=todo,
+        )
+    if output.is_dir():
+        raise NotebookError(f"the output {output} is a folder", todo=todo)
     if not os.access(output.parent, os.W_OK) or (output.exists() and not os.access(output, os.W_OK)):
         raise NotebookError(f"the output {output} can't be written: permission denied", todo=todo)
     if output.exists() and notebook.exists() and output.samefile(notebook):

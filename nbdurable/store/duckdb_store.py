@@ -43,6 +43,7 @@ IDLE_CHECKPOINT_BYTES = (
     4 << 20
 )  # WAL worth writing into the file while nobody waits; at 16 MB DuckDB does it itself
 QUERY_S = 30.0
+_TABLES = "the tables are runs, waits, events, steps and checkpoints; `DESCRIBE runs` helps"
 
 _SQL = load()
 _FINAL = [status.value for status in RunStatus if status.is_final]
@@ -275,7 +276,7 @@ class DuckDBStore:
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise UsageError(
                     "only one SELECT can be asked at a time",
-                    todo="the tables are runs, waits, events, steps and checkpoints; `DESCRIBE runs` helps",
+                    todo=_TABLES,
                 )
             clock = threading.Timer(QUERY_S, cursor.interrupt)
             clock.daemon = True
@@ -411,7 +412,7 @@ def _taught() -> Iterator[None]:
             todo="cast it: `now()::TIMESTAMP`; all times are in UTC",
         ) from None
     except (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error).rstrip(), todo=_TABLES) from None
     except (duckdb.PermissionException, duckdb.TransactionException, duckdb.OutOfMemoryException) as error:
         raise UsageError(str(error)) from None
 
