@@ -16,7 +16,7 @@ from nbdurable.policies import size
 from nbdurable.settings import Home
 
 APPROVAL_MIME = "application/vnd.nbdurable.approval+json"
-_SHOWN_VARIABLES = 4
+_SHOWN = 4
 _QUIET = (
     "font: 12px/1.5 var(--jp-code-font-family, ui-monospace, monospace); white-space: pre-wrap; opacity: .72"
 )
@@ -34,10 +34,13 @@ def say(shell: Any, text: str) -> None:
 def summary(variables: Iterable[Variable]) -> str:
     """Sum up the values that a checkpoint holds: `results list[10] 42 kB · draft str 3 kB · and 3 more`."""
     saved = [v for v in variables if v.state == "saved" and v.type not in _NOT_SHOWN]
-    parts = [f"{v.name} {_kind(v)} {size(v.bytes)}" for v in saved[:_SHOWN_VARIABLES]]
-    if len(saved) > _SHOWN_VARIABLES:
-        parts.append(f"and {len(saved) - _SHOWN_VARIABLES} more")
-    return " · ".join(parts)
+    return few([f"{v.name} {_kind(v)} {size(v.bytes)}" for v in saved], " · ")
+
+
+def few(parts: list[str], between: str = ", ") -> str:
+    """Name the first of many things, and how many more there are."""
+    more = [f"and {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
+    return between.join(parts[:_SHOWN] + more)
 
 
 def _kind(variable: Variable) -> str:

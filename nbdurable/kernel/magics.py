@@ -14,8 +14,9 @@ from nbdurable.errors import DurableError, LeaseHeld, UsageError
 from nbdurable.kernel import display
 from nbdurable.kernel.foresight import foresee, read_cells
 from nbdurable.kernel.session import Session
+from nbdurable.kernel.step import FRESH
 from nbdurable.kernel.whereabouts import notebook_path
-from nbdurable.models import DriverKind, RunDetail, StepStatus
+from nbdurable.models import DriverKind, RunDetail, StepStatus, Wait, WaitKind, WaitStatus
 from nbdurable.policies import span
 
 HELP = """\
@@ -75,10 +76,9 @@ class DurableMagics(Magics):  # type: ignore[misc]
         width = max((len(step.name) for step in detail.steps), default=0)
         for step in detail.steps:
             counts = f"ran {step.executions}×, restored {step.restores}×"
-            lines.append(
-                f" {_MARKS[step.status]} {step.name:<{width}}  {step.status:<9}  {counts}  {step.reason}"
-            )
-        lines += [f" ⏸ {w.title}  →  nbdurable approve {w.id}" for w in detail.waits if w.answer is None]
+            why = "" if step.reason == FRESH and step.status is StepStatus.COMPLETED else f"  {step.reason}"
+            lines.append(f" {_MARKS[step.status]} {step.name:<{width}}  {step.status:<9}  {counts}{why}")
+        lines += [f" ⏸ {_awaited(wait)}" for wait in detail.waits if wait.status is WaitStatus.OPEN]
         return "\n".join(lines)
 
     def _plan(self, _: list[str]) -> str:
@@ -145,6 +145,12 @@ class DurableMagics(Magics):  # type: ignore[misc]
             f"{'interactive' if run.kind is DriverKind.INTERACTIVE else 'headless'}  {run.reason}"
             for run in runs
         )
+
+
+def _awaited(wait: Wait) -> str:
+    if wait.kind is WaitKind.APPROVAL:
+        return f"{wait.title}  →  nbdurable approve {wait.id}"
+    return f"{wait.title}, until {display.clock(wait.due_at)}" if wait.due_at else wait.title
 
 
 def greet(session: Session) -> str:

@@ -23,6 +23,7 @@ class Recorder:
     """Copies what a cell displays, in order, while it goes to the front end as always.
 
     Display messages of other threads are left out (comm handlers run in them); what other threads print is kept.
+    What a task of an earlier cell prints is shown below that cell, and is left out.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class Recorder:
         self, kind: str, data: dict[str, Any], metadata: dict[str, Any], display_id: str | None
     ) -> None:
         """Note a display (kind: display_data, execute_result or update_display_data)."""
+        widget = (data.get(WIDGET_VIEW) or {}).get("model_id")
         data = {mime: value for mime, value in data.items() if mime != WIDGET_VIEW}
         metadata = dict(metadata or {})
         with self._lock:
@@ -69,6 +71,8 @@ class Recorder:
             output: Output = {"output_type": kind, "data": data, "metadata": metadata}
             if display_id is not None:
                 output["display_id"] = display_id
+            if widget is not None:
+                output["widget"] = widget
             self.outputs.append(output)
 
     def clear(self, wait: bool) -> None:
@@ -79,14 +83,19 @@ class Recorder:
                 self.outputs.clear()
 
     def finished(self) -> list[Output]:
-        """Return the outputs so far, as plain JSON."""
+        """Return the outputs so far, as plain JSON; a widget as the text that it shows now."""
+        found: list[Output] = []
         with self._lock:
-            return [
-                {"output_type": "stream", "name": o["name"], "text": "".join(o["chunks"])}
-                if "chunks" in o
-                else dict(o)
-                for o in self.outputs
-            ]
+            for output in self.outputs:
+                match output:
+                    case {"chunks": chunks, "name": name}:
+                        found.append({"output_type": "stream", "name": name, "text": "".join(chunks)})
+                    case {"widget": model_id, **rest}:
+                        text = _widget_text(model_id, rest["data"])
+                        found += [{**rest, "data": text}] if text else []
+                    case _:
+                        found.append(dict(output))
+        return found
 
     def _clear_if_asked(self) -> None:
         if self._clear_next:
@@ -105,6 +114,16 @@ class Recorder:
             display_id = (content.get("transient") or {}).get("display_id")
             self.display(kind, content["data"], content.get("metadata") or {}, display_id)
         return message
+
+
+def _widget_text(model_id: str, shown: dict[str, Any]) -> dict[str, Any]:
+    """Return what a front end without widgets shows of a widget now; nothing of one that was closed."""
+    registry = getattr(sys.modules.get("ipywidgets.widgets.widget"), "_instances", None)
+    if registry is None:
+        return shown
+    widget = registry.get(model_id)
+    data = widget._repr_mimebundle_() if widget is not None else {}
+    return {mime: value for mime, value in data.items() if mime != WIDGET_VIEW}
 
 
 @contextmanager
@@ -128,10 +147,11 @@ def recording(shell: Any, recorder: Recorder) -> Iterator[None]:
 
 def _tap_stream(name: str, recorder: Recorder) -> Callable[[], None]:
     stream: Any = getattr(sys, name)
-    write = stream.write
+    write, cell = stream.write, _cell_of(stream)
 
     def tapped(text: str) -> Any:
-        recorder.stream(name, text)
+        if _cell_of(stream) == cell:
+            recorder.stream(name, text)
         return write(text)
 
     try:
@@ -140,6 +160,11 @@ def _tap_stream(name: str, recorder: Recorder) -> Callable[[], None]:
     except AttributeError:
         setattr(sys, name, _Tee(stream, tapped))
         return lambda: setattr(sys, name, stream)
+
+
+def _cell_of(stream: Any) -> str | None:
+    """Return the message below which a kernel's stream shows what is printed now, from this thread and task."""
+    return (getattr(stream, "parent_header", None) or {}).get("msg_id")
 
 
 def _untap(stream: Any) -> None:

@@ -17,12 +17,21 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from nbdurable import contract
 from nbdurable.checkpoint import analysis
-from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest, put_blob, read_blob, seal
+from nbdurable.checkpoint.manifest import (
+    Blob,
+    CodeFacts,
+    Group,
+    InputFact,
+    Manifest,
+    put_blob,
+    read_blob,
+    seal,
+)
 from nbdurable.checkpoint.plan import Verdict, decide, digest
 from nbdurable.checkpoint.restore import restore
 from nbdurable.checkpoint.save import save
@@ -30,14 +39,14 @@ from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspen
 from nbdurable.kernel import display
 from nbdurable.kernel.foresight import label_of, read_cells
 from nbdurable.kernel.outputs import Output, Recorder, recording, replay
-from nbdurable.kernel.rewrite import HOOK, call, is_setup, take_marker, unmark
+from nbdurable.kernel.rewrite import GATE_CALL, HOOK, call, is_setup, may_wait, take_marker, unmark
 from nbdurable.kernel.session import Session
 from nbdurable.models import Checkpoint, ErrorInfo, StepStatus, Variable
 from nbdurable.policies import span
 from nbdurable.stepline import StepOptions, parse_step_line
 from nbdurable.telemetry import fault_point
 
-_FRESH = "it has no checkpoint yet"
+FRESH = "it has no checkpoint yet"  # as `checkpoint/plan.py` says it
 
 
 @dataclass
@@ -52,6 +61,22 @@ class Cell:
     pending: BaseException | None = None  # to be raised by the rewritten cell
     to_restore: tuple[StepOptions, Manifest, Verdict] | None = None
     gates: dict[str, int] = field(default_factory=dict)  # of a plain cell: how often each was reached
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a step has written and displayed so far; its values are in blobs."""
+
+    variables: tuple[Variable, ...] = ()
+    groups: tuple[Group, ...] = ()
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    random: Blob | None = None
+    deleted: tuple[str, ...] = ()
+    outputs: tuple[Output, ...] = ()
+
+    @property
+    def unsaved(self) -> set[str]:
+        return {variable.name for variable in self.variables if variable.state == "unsaved"}
 
 
 class Execution:
@@ -78,6 +103,7 @@ class Execution:
         self.suspended: Suspended | None = None
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
+        self._mark: tuple[int, Captured] | None = None
         self._taps = ExitStack()
         self._began = time.perf_counter()
 
@@ -133,8 +159,16 @@ class Execution:
                 return key
         key = f"{proposal}.{digest(self.name, str(self.attempt), str(len(self._gates)))}"
         self._gates.append((statement, key))
-        self.commit("waiting", at)
+        self._commit_waiting(at)
         return key
+
+    def mark(self, statement: int) -> None:
+        """Save what was done before a top-level statement that may reach a gate: where the step goes on behind it.
+
+        Not at the gate itself: the statement runs again from its beginning, and what it did before the gate must
+        not be there twice.
+        """
+        self._mark = (statement, self._capture())
 
     def written(self) -> tuple[set[str], set[str], dict[str, str], bool]:
         """Return what the step wrote and deleted so far, fingerprints, and whether random state moved."""
@@ -149,16 +183,9 @@ class Execution:
         moved = changes.random or (self.kept is not None and self.kept.random is not None)
         return names, deleted, dict(changes.fingerprints), moved
 
-    def commit(
-        self, status: Literal["completed", "waiting"], at: tuple[int, int] | None = None
-    ) -> tuple[Variable, ...]:
-        """Save what the step wrote and displayed, and commit it; return its variables.
-
-        A waiting step keeps what came before the statement `at`; where a part of that can't be saved and is still
-        needed, it keeps nothing and will run from its top. Raises DurableError, and nothing is committed.
-        """
+    def _capture(self) -> Captured:
+        """Save what the step wrote so far to blobs."""
         session = self.session
-        duration_s = time.perf_counter() - self._began
         names, deleted, fingerprints, moved = self.written()
         if self.is_setup:
             names, deleted, moved = set(), set(), False
@@ -169,41 +196,73 @@ class Execution:
             kind = type(session.values.get(name)).__name__
             variables.append(Variable(name=name, type=kind, state="unsaved", reason="left out by --no-save"))
         variables += [Variable(name=name, type="", state="deleted") for name in sorted(deleted)]
-        outputs = self.recorder.finished()
-        groups, random, resume_at = saved.groups, saved.random, None
-        committed: Literal["completed", "waiting", "replay"] = status
-        unsaved = {v.name for v in variables if v.state == "unsaved"}
-        if status == "waiting":
-            resume_at = at[0] if at else 0
-            if resume_at and unsaved & self._needed_from(resume_at):
-                resume_at = 0
-            outputs = [o for o in outputs if display.APPROVAL_MIME not in o.get("data", {})]
-            if resume_at == 0:
-                groups, random, outputs, deleted, variables = (), None, [], set(), []
-        elif self.is_setup or (session.every_cell and unsaved):
-            committed = "replay"
-        kept_names = {v.name for v in variables if v.state == "saved"}
+        kept = {variable.name for variable in variables if variable.state == "saved"}
+        return Captured(
+            variables=tuple(variables),
+            groups=saved.groups,
+            fingerprints={name: value for name, value in saved.fingerprints.items() if name in kept},
+            random=saved.random,
+            deleted=tuple(sorted(deleted)),
+            outputs=tuple(self.recorder.finished()),
+        )
+
+    def commit(self) -> tuple[Variable, ...]:
+        """Save and commit what the finished step wrote and displayed; return its variables.
+
+        Raises DurableError, and nothing is committed.
+        """
+        captured = self._capture()
+        if self.is_setup or (self.session.every_cell and captured.unsaved):
+            self._commit("replay", captured)
+        else:
+            self._commit("completed", captured)
+        return captured.variables
+
+    def _commit_waiting(self, at: tuple[int, int] | None) -> None:
+        """Commit what was done before the statement `at`, which reached a gate.
+
+        Where a part of that can't be saved and is still needed, or the gate is called from where no mark stands,
+        nothing is kept, and the step runs from its top behind the gate.
+        """
+        resume_at, captured = 0, Captured()
+        if at is not None and self._mark is not None and self._mark[0] == at[0]:
+            outputs = (o for o in self._mark[1].outputs if display.APPROVAL_MIME not in o.get("data", {}))
+            if not self._mark[1].unsaved & self._needed_from(at[0]):
+                resume_at, captured = at[0], replace(self._mark[1], outputs=tuple(outputs))
+        keys = tuple(key for where, key in self._gates if where == resume_at or not resume_at)
+        self._commit("waiting", captured, resume_at=resume_at, wait_keys=keys, line=at[1] if at else None)
+
+    def _commit(
+        self,
+        status: Literal["completed", "waiting", "replay"],
+        captured: Captured,
+        *,
+        resume_at: int | None = None,
+        wait_keys: tuple[str, ...] = (),
+        line: int | None = None,
+    ) -> None:
+        session = self.session
+        outputs = json.dumps(captured.outputs).encode()
         manifest = Manifest(
             run_id=session.run_id,
             step=self.name,
             created_at=time.time(),
-            duration_s=duration_s + (self.kept.duration_s if self.kept else 0.0),
+            duration_s=time.perf_counter() - self._began + (self.kept.duration_s if self.kept else 0.0),
             code=self.code,
             inputs=self.inputs,
-            fingerprints={name: value for name, value in saved.fingerprints.items() if name in kept_names},
-            variables=tuple(variables),
-            groups=groups,
-            deleted=tuple(sorted(deleted)),
-            random=random,
-            outputs=put_blob(json.dumps(outputs).encode(), session.blobs) if outputs else None,
+            fingerprints=captured.fingerprints,
+            variables=captured.variables,
+            groups=captured.groups,
+            deleted=captured.deleted,
+            random=captured.random,
+            outputs=put_blob(outputs, session.blobs) if captured.outputs else None,
             resume_at=resume_at,
-            wait_keys=tuple(key for where, key in self._gates if where == resume_at or not resume_at)
-            if status == "waiting"
-            else (),
+            wait_keys=wait_keys,
         )
         session.blobs.sync()
         fault_point("checkpoint-saved")
         signed = seal(manifest, session.key)
+        kept = display.summary(captured.variables)
         done = session.client.call(
             contract.COMMIT_STEP,
             contract.CommitStep(
@@ -211,18 +270,18 @@ class Execution:
                 epoch=session.epoch,
                 step=self.name,
                 attempt=self.attempt,
-                status=committed,
+                status=status,
                 manifest=signed,
                 variables=manifest.variables,
-                sentence=" · ".join(filter(None, (span(manifest.duration_s), display.summary(variables)))),
-                line=at[1] if at else None,
+                sentence=" · ".join(filter(None, (span(manifest.duration_s), kept))),
+                line=line,
             ),
         )
         fault_point("commit-acknowledged")
         checkpoint = Checkpoint(
             run_id=session.run_id,
             step=self.name,
-            status=StepStatus(committed),
+            status=StepStatus(status),
             seq=done.seq,
             at=manifest.created_at,
             manifest=signed,
@@ -230,10 +289,9 @@ class Execution:
         session.note(checkpoint, manifest)
         if self.is_setup:
             session.origins.plain_cell(self.names, self.code.digest, label_of(self.code.source))
-        elif status == "completed":
+        elif status != "waiting":
             session.visited.add(self.name)
             note_origins(session, manifest)
-        return tuple(variables)
 
     def _needed_from(self, statement: int) -> set[str]:
         rest = ast.Module(self.body[statement:], type_ignores=[])
@@ -317,7 +375,7 @@ class Steps:
             return
         try:
             with uninterrupted():
-                self._say_kept(execution, execution.commit("completed"))
+                self._say_kept(execution, execution.commit())
         except KeyboardInterrupt as interrupt:  # it is kept; but the cells that follow must not run
             self._turn_into_error(result, interrupt)
         except DurableError as trouble:
@@ -359,13 +417,18 @@ class Steps:
         self._put_back(execution.name, execution.kept)
         execution.begin()
 
+    def mark(self, statement: int) -> None:
+        """Save what the step did before a statement that may wait."""
+        assert self.execution is not None
+        self.execution.mark(statement)
+
     def _put_back(self, step: str, manifest: Manifest) -> None:
         session = self.session
         try:
-            restore(manifest, session.values, session.blobs)
             outputs: list[Output] = (
                 json.loads(bytes(read_blob(manifest.outputs, session.blobs))) if manifest.outputs else []
             )
+            restore(manifest, session.values, session.blobs)
         except DurableError as error:
             error.todo = (error.todo or "run the step again (`%durable rerun NAME`)").replace("NAME", step)
             raise
@@ -451,14 +514,26 @@ class Steps:
                 begun.attempt,
                 known,
             )
-            return ast.Module([call("go_on"), *body[known.resume_at :]], type_ignores=tree.type_ignores)
+            tree.body = [call("go_on"), *self._marked(body, used, known.resume_at)]
+            return tree
         cell.execution = Execution(
             session, options, code, inputs(), body, names, mentioned, verdict, begun.attempt
         )
         cell.execution.is_setup = configures
         cell.execution.record()
         cell.execution.begin()
+        tree.body = self._marked(body, used)
         return tree
+
+    def _marked(self, body: list[ast.stmt], used: analysis.Uses, start: int = 0) -> list[ast.stmt]:
+        """Return a step's statements from `start` on, with a mark before each that may reach a gate."""
+        waiting = {name for name, fact in used.helpers.items() if GATE_CALL.search(fact.source)}
+        marked: list[ast.stmt] = []
+        for index, node in enumerate(body[start:], start):
+            if may_wait(node, self.session.values, used.helpers.keys() if waiting else ()):
+                marked.append(ast.copy_location(call("mark", index), node))
+            marked.append(node)
+        return marked
 
     def _forced(self, options: StepOptions, *, configures: bool) -> str | None:
         checkpoint = self.session.checkpoints.get(options.name)
@@ -542,7 +617,7 @@ class Steps:
                 for name, c in session.checkpoints.items()
                 if c.status is StepStatus.COMPLETED and name != execution.name
             ]
-            what = f"kept: {', '.join(kept)}" if kept else "no other step is kept yet"
+            what = f"kept: {display.few(kept)}" if kept else "no other step is kept yet"
             if self._waits_open(execution):
                 todo = "what stands above its gate is kept, too: run the cell again to go on from there"
             else:
@@ -563,7 +638,7 @@ class Steps:
 
 def _because(verdict: Verdict) -> str:
     """Say why a step ran, where that is not plain."""
-    return "" if verdict.reason == _FRESH else f" ({verdict.reason})"
+    return "" if verdict.reason == FRESH else f" ({verdict.reason})"
 
 
 def _elsewhere() -> bool:
@@ -611,4 +686,4 @@ def uninterrupted() -> Iterator[None]:
         raise shown_as(KeyboardInterrupt(), "KeyboardInterrupt: what the step did until then is kept")
 
 
-__all__ = ["Cell", "Execution", "Steps", "describe_error", "shown_as", "uninterrupted"]
+__all__ = ["FRESH", "Cell", "Execution", "Steps", "describe_error", "shown_as", "uninterrupted"]

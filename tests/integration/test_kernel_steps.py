@@ -309,6 +309,39 @@ def test_figures_and_progress_are_replayed(kernel: Kernel) -> None:
     assert [o.get("data") for o in again.own] == [o.get("data") for o in first.own]
 
 
+def test_what_an_earlier_cells_task_prints_is_not_the_steps(kernel: Kernel) -> None:
+    """Guarantee 6: what stands below the cell that started a task is replayed nowhere else; a thread's prints are."""
+    plain = (
+        "import asyncio, threading\nasync def murmur():\n    await asyncio.sleep(0)\n    print('task')\n"
+        "task = asyncio.ensure_future(murmur())"
+    )
+    cell = (
+        "%%step a\nt = threading.Thread(target=print, args=['thread'])\nt.start()\nt.join()\ndel t\n"
+        "await task\nprint('own')"
+    )
+    for mark in ("✓ a", "↺ a"):
+        kernel.run(plain)
+        reply = kernel.run(cell, "a")
+        assert reply.status == "ok", reply.error
+        assert mark in reply.notes
+        assert reply.text == "thread\nown\n"
+        restarted(kernel)
+
+
+def test_widgets_are_replayed_as_the_text_that_they_came_to_show(kernel: Kernel) -> None:
+    """A progress bar has run to its end; one that closed itself is not shown again; no widget is promised."""
+    cell = (
+        "%%step a\nfrom tqdm.notebook import tqdm\nimport ipywidgets\nfor i in tqdm(range(4)): pass\n"
+        "for i in tqdm(range(4), leave=False): pass\ndisplay(ipywidgets.IntSlider(value=7))"
+    )
+    assert kernel.run(cell, "a").status == "ok"
+    restarted(kernel)
+    first, second = kernel.run(cell, "a").own
+    assert "100%" in first["data"]["text/plain"]
+    assert "4/4" in first["data"]["text/plain"]
+    assert second["data"] == {"text/plain": "IntSlider(value=7)"}
+
+
 def test_a_renamed_notebook_keeps_its_run(kernel: Kernel, home: Home, tmp_path: Path) -> None:
     """Guarantee 1: the run follows its notebook under another name; a copy begins a run of its own."""
     cell = "%%step a\nx = 1"
@@ -519,6 +552,30 @@ def test_several_gates_in_one_cell_and_in_a_loop(kernel: Kernel, home: Home) -> 
         until(lambda wait=wait: wait.id not in [w.id for w in open_waits(home)], Client(home))
     assert kernel.collect(sent).status == "ok"
     assert kernel.value("(seen, last)") == "([0, 1], False)"
+
+
+def test_a_gate_in_a_loop_survives_the_kernel(kernel: Kernel, home: Home) -> None:
+    """Guarantee 6: the statement that holds the gate begins again as it began, with nothing in it twice."""
+    cell = (
+        "%%step gates\nseen = []\nprint('above')\nfor i in range(3):\n    seen.append('asked')\n"
+        "    print('in the loop', i)\n    seen.append(durable.approve(i, title=f'number {i}').value)"
+    )
+    kernel.run("import nbdurable as durable")
+    kernel.send(cell, "g")
+    for number in range(2):
+        [wait] = until(lambda: open_waits(home), Client(home))
+        assert wait.title == f"number {number}"
+        answer(home, wait.id)
+        until(lambda wait=wait: wait.id not in [w.id for w in open_waits(home)], Client(home))
+    [last] = until(lambda: open_waits(home), Client(home))
+    kernel.kill()
+    answer(home, last.id)
+    restarted(kernel)
+    kernel.run("import nbdurable as durable")
+    reply = kernel.run(cell, "g")
+    assert reply.status == "ok", reply.error
+    assert kernel.value("seen") == "['asked', 0, 'asked', 1, 'asked', 2]"
+    assert reply.text == "above\nin the loop 0\nin the loop 1\nin the loop 2\n"
 
 
 def test_awaitable_gates_and_sleep(shared: Kernel) -> None:
