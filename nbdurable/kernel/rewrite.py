@@ -14,6 +14,8 @@ import ast
 import json
 import linecache
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from IPython.core.inputtransformer2 import cell_magic
 
@@ -105,3 +107,30 @@ def _root(node: ast.expr) -> str | None:
     while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else None
+
+
+GATE_CALL = re.compile(r"\b(approve|sleep)(_async)?\s*\(")
+_GATES = {"approve", "approve_async", "sleep", "sleep_async"}
+
+
+def may_wait(node: ast.stmt, values: Mapping[str, Any], helpers: Collection[str]) -> bool:
+    """Tell whether a statement may reach a gate: it calls one, or it mentions one of `helpers`, which do.
+
+    `values`: the namespace, which tells `durable.sleep` from `time.sleep`. A magic's text counts as it reads.
+    """
+    for part in ast.walk(node):
+        match part:
+            case ast.Name(id=name) if name in helpers:
+                return True
+            case ast.Call(func=ast.Name(id=name)) if name in _GATES:
+                if getattr(values.get(name), "__module__", "nbdurable").startswith("nbdurable"):
+                    return True
+            case ast.Call(func=ast.Attribute(attr=name, value=owner)) if name in _GATES:
+                module = values.get(_root(owner) or "")
+                if module is None or getattr(module, "__name__", "") == "nbdurable":
+                    return True
+            case ast.Constant(value=str(text)) if GATE_CALL.search(text) and "run_cell_magic" in ast.unparse(
+                node
+            ):
+                return True
+    return False

@@ -6,7 +6,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from nbdurable.errors import StepUsageError
-from nbdurable.kernel.rewrite import is_setup, rewrite_lines, take_marker
+from nbdurable.kernel.rewrite import is_setup, may_wait, rewrite_lines, take_marker
 from nbdurable.stepline import StepOptions, is_step, parse_step_line, read_step
 
 
@@ -107,3 +107,28 @@ def test_is_step() -> None:
 def test_cells_that_only_import_and_configure(source: str, expected: bool) -> None:
     """`--steps all` runs them in every attempt: what they do is state of libraries."""
     assert is_setup(ast.parse(transformed(source))) is expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("d = durable.approve(x)", True),
+        ("for x in xs:\n    approve(x)", True),
+        ("import nbdurable as nb; nb.sleep(3)", True),
+        ("await later.approve_async(x)", True),
+        ("time.sleep(3)", False),
+        ("sleep(3)", False),
+        ("review(x)", True),
+        ("get_ipython().run_cell_magic('time', '', 'durable.approve(x)')", True),
+        ("text = 'approve(x)'", False),
+        ("x = 1", False),
+    ],
+)
+def test_which_statements_may_wait(source: str, expected: bool) -> None:
+    """Before each such statement a mark stands, at which a suspended step goes on."""
+    import time
+
+    import nbdurable
+
+    values = {"durable": nbdurable, "approve": nbdurable.approve, "time": time, "sleep": time.sleep}
+    assert any(may_wait(node, values, {"review"}) for node in ast.parse(source).body) is expected
