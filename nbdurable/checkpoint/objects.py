@@ -193,7 +193,13 @@ def unsaveable(value: Any) -> Unsaveable | None:
         return Unsaveable("an iterator", f"make a list of it, or {_PLAIN_CELL}", stream=True)
     if isinstance(value, _WEAK):
         return Unsaveable("a weak reference", f"hold the object itself, or {_PLAIN_CELL}")
-    if any(base.__name__ == "FigureBase" and base.__module__ == "matplotlib.figure" for base in kind.__mro__):
+    bases = {(base.__module__, base.__name__) for base in kind.__mro__}
+    if ("ipywidgets.widgets.widget", "Widget") in bases:
+        return Unsaveable("a widget, which lives in its page and in this kernel", _PLAIN_CELL)
+    if ("traitlets.config.configurable", "Configurable") in bases:
+        # each of them holds the kernel, and so every variable: all would seem to be shared with it
+        return Unsaveable("a part of Jupyter itself", "ask `get_ipython()` for it where it is used")
+    if ("matplotlib.figure", "FigureBase") in bases:
         # loading a copy would hand it to pyplot, which shows it
         return Unsaveable(
             "a matplotlib figure", "its picture is kept with the outputs; draw it again where needed"

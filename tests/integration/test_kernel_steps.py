@@ -309,6 +309,24 @@ def test_figures_and_progress_are_replayed(kernel: Kernel) -> None:
     assert [o.get("data") for o in again.own] == [o.get("data") for o in first.own]
 
 
+def test_a_widget_takes_no_other_variable_down(kernel: Kernel) -> None:
+    """A widget reaches the kernel, and so every variable; only it is not saved (guarantee 7: refused by name)."""
+    cells = [
+        "%%step a\nimport ipywidgets\nout = ipywidgets.Output()\nshell = get_ipython()",
+        "%%step b\nclass Point:\n    x = 1\np = Point()\np.out = [1]\nsame = p.out\ndouble = lambda x: 2 * x",
+        "%%step c\n@ipywidgets.interact(x=(0, 5))\ndef square(x=2):\n    return x * x",
+    ]
+    a, b, c = (kernel.run(cell, f"c{i}").notes for i, cell in enumerate(cells))
+    assert "out not saved: a widget" in a
+    assert "shell not saved: a part of Jupyter" in a
+    assert "not saved" not in b
+    assert "square not saved: `square['widget']`: a widget" in c
+    restarted(kernel)
+    for i, cell in enumerate(cells):
+        assert "↺" in kernel.run(cell, f"c{i}").notes
+    assert kernel.value("(p.x, p.out is same, double(4))") == "(1, True, 8)"
+
+
 def test_what_an_earlier_cells_task_prints_is_not_the_steps(kernel: Kernel) -> None:
     """Guarantee 6: what stands below the cell that started a task is replayed nowhere else; a thread's prints are."""
     plain = (
