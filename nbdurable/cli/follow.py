@@ -224,7 +224,10 @@ def conclude(run: RunDetail, screen: Screen, command: Callable[[str], str]) -> i
         )
         screen.say(("✗", "red"), f" {failed}  {clip(said, 300)}")
         resume = command(f"resume {run.short}")
-        screen.say(f"run {run.short} {run.status}; {_kept(run)}. Go on: ", (resume, "bold"))
+        screen.say(
+            f"run {run.short} {run.status}; {_kept(run)}. Go on with this notebook as it was: ",
+            (resume, "bold"),
+        )
     return EXIT_STATUS[run.status]
 
 

@@ -44,6 +44,8 @@ def connect(start: Path | None = None, *, existing: bool = True) -> Client:
             f"nothing has run here yet: there is no {home.root}",
             todo="go to the project's folder, or name its state: nbdurable --home DIR …",
         )
+    if not home.root.is_dir() and home.root.exists():
+        home.create()  # says what is wrong with it
     return Client(home)
 
 

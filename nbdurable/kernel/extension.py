@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nbdurable.errors import DurableError
 from nbdurable.kernel import display, session
 from nbdurable.kernel.rewrite import HOOK, rewrite_lines
 from nbdurable.kernel.session import Session
@@ -19,18 +18,17 @@ def steps() -> Steps | None:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Load the extension; loaded twice, it stays as it is."""
+    """Load the extension; loaded twice, it stays as it is.
+
+    Raises what keeps the session from beginning: then IPython may load it again, and the cells below do not run.
+    """
     global _steps
     if _steps is not None:
         return
     from nbdurable.kernel import magics
 
-    try:
-        found = Session(shell)
-        greeting = None if found.headless else magics.greet(found)
-    except DurableError as error:
-        shell.showtraceback((type(error), error, None))
-        return
+    found = Session(shell)
+    greeting = None if found.headless else magics.greet(found)
     session.set_current(found)
     _steps = Steps(found)
     shell.user_ns_hidden[HOOK] = _steps

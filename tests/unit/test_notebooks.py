@@ -245,6 +245,25 @@ def test_output_without_permission_is_refused(tmp_path: Path) -> None:
         check_output(locked / "out.ipynb", tmp_path / "a.ipynb")
 
 
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    """Guarantee 11: an output whose name no disk takes is refused; one that is made of a long name is short enough."""
+    notebook = _notebook(tmp_path / "a.ipynb")
+    with pytest.raises(NotebookError, match="longer than 230 bytes"):
+        check_output(tmp_path / f"{'x' * 240}.ipynb", notebook)
+    run = Run(
+        id="0" * 24 + "0199f3c2",
+        notebook=f"/{'ü' * 120}.ipynb",
+        status=RunStatus.QUEUED,
+        reason="",
+        kind=DriverKind.HEADLESS,
+        created_at=0,
+        updated_at=0,
+    )
+    name = output_path(Home(tmp_path), run).name
+    assert name.endswith("ü-0199f3c2.ipynb")
+    assert len(name.encode()) < 230
+
+
 def test_output_goes_where_the_run_says_or_to_the_project(tmp_path: Path) -> None:
     """One rule for where the output notebook is."""
     run = Run(
