@@ -19,10 +19,11 @@ from nbdurable import contract
 from nbdurable.checkpoint.fingerprint import Unfingerprintable, fingerprint
 from nbdurable.checkpoint.plan import digest
 from nbdurable.checkpoint.preview import describe
-from nbdurable.errors import DurableError, Suspended, UsageError
+from nbdurable.errors import DurableError, Suspended
 from nbdurable.kernel import display, extension
+from nbdurable.kernel.execution import Execution
 from nbdurable.kernel.session import Session, required
-from nbdurable.kernel.step import Execution, shown_as, uninterrupted
+from nbdurable.kernel.step import shown_as, uninterrupted
 from nbdurable.models import Wait, WaitKind, WaitStatus
 from nbdurable.policies import seconds
 from nbdurable.telemetry import fault_point
@@ -271,6 +272,3 @@ class _watch:
         if self._error is not None:
             raise self._error
         return self._wait
-
-
-__all__ = ["Decision", "UsageError", "approve", "approve_async", "sleep", "sleep_async"]
