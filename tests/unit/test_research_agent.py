@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "research_agent.ipynb"
-PACKAGES = ("papermill", "nbclient", "filelock", "uvicorn", "psutil", "joblib", "cloudpickle")
+PACKAGES = ("papermill", "nbclient", "tenacity", "uvicorn", "psutil", "joblib", "cloudpickle")
 STEPS = ["plan", "corpus", "index", "search", "read", "analyse", "draft", "review", "publish"]
 
 
@@ -67,7 +67,7 @@ def test_the_notebook_is_clean() -> None:
     ("question", "package"),
     [
         ("How are notebooks parameterized with injected parameters?", "papermill"),
-        ("How do I acquire a lock on a file, with a timeout?", "filelock"),
+        ("How do I retry a call that fails, waiting longer each time?", "tenacity"),
         ("How much memory does a process use, and which connections has it open?", "psutil"),
     ],
 )
