@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from IPython.core.magic import Magics, line_magic, magics_class
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from nbdurable import contract
 from nbdurable.errors import DurableError, LeaseHeld, UsageError
@@ -61,6 +61,19 @@ class DurableMagics(Magics):  # type: ignore[misc]
         if word not in words:
             raise UsageError(f"`%durable` has no word {word!r}", todo=f"its words are {', '.join(words)}")
         display.say(self.shell, words[word](rest))
+
+    @cell_magic  # type: ignore[untyped-decorator]
+    def step(self, line: str, cell: str) -> None:
+        """Run this cell once: what it writes and displays is kept, and restored when it is run again.
+
+            %%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--force]
+
+        NAME is unique in the notebook. `--on-drift`: what happens where only the value of an input differs.
+        `--save`, `--no-save`: variables to keep, or not, whatever the cell does. `--force`: run it anyway.
+        `%durable help` lists what can be asked about steps.
+        """
+        # Loaded, the extension rewrites the cell before IPython looks for a magic; this is for `%%step?` and <Tab>.
+        raise UsageError("nbdurable is not loaded any more", todo="`%load_ext nbdurable`")
 
     def _detail(self) -> RunDetail | None:
         session = self._session

@@ -243,6 +243,25 @@ def test_bad_input_gets_one_clear_error(shared: Kernel, cell: str, message: str)
     assert shared.run("%%step fine\nz = 1", "f").status == "ok"
 
 
+def test_a_step_inside_a_cell_is_refused(shared: Kernel) -> None:
+    """Guarantee 11: the reason, instead of a NameError of ours; the outer step is kept."""
+    cell = "%%step a\nfound = get_ipython().run_cell('%%step b\\nx = 1').error_in_exec\nsaid = str(found)\ndel found"
+    assert "✓ a" in shared.run(cell, "a").notes
+    assert "cell of its own" in shared.value("said")
+
+
+def test_a_step_is_explained_and_completed(kernel: Kernel) -> None:
+    """Guarantee 11: `%%step?` tells the options, <Tab> finds the word, and without the extension it says so."""
+    assert "--on-drift" in str(kernel.run("%%step?").content["payload"])
+    assert kernel.client is not None
+    reply = kernel.client.complete("%%ste", reply=True, timeout=20)
+    assert "%%step" in reply["content"]["matches"]
+    kernel.run("%unload_ext nbdurable")
+    assert "%load_ext nbdurable" in kernel.run("%%step a\nx = 1", "a").error
+    assert "no open run" in kernel.run(LOAD).notes
+    assert "✓ a" in kernel.run("%%step a\nx = 1", "a").notes
+
+
 def test_two_cells_of_one_name_are_refused(kernel: Kernel, tmp_path: Path) -> None:
     notebooks.write(tmp_path / "n.ipynb", [("one", "%%step a\nx = 1"), ("two", "%%step a\nx = 2")])
     kernel.run("%%step a\nx = 1", "one")
