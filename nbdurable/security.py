@@ -50,9 +50,9 @@ def check_token(expected: str, header: str | None) -> None:
     given = (header or "").removeprefix("Bearer ")
     if not hmac.compare_digest(given.encode(), expected.encode()):
         raise Unauthorized(
-            "the coordinator does not accept the token of this client, which it read from `.nbdurable/token`",
-            todo="is that file of another project, or was it replaced while the coordinator ran? `nbdurable down`, "
-            "and try again",
+            "the coordinator does not accept the token of this client",
+            todo="clients read the token from the project's `.nbdurable/token`: is it of another project, or was the "
+            "file replaced while the coordinator ran? `nbdurable down`, and try again",
         )
 
 
