@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from nbdurable.cli import parameters
+from nbdurable.cli import INTERRUPTED, parameters
 from nbdurable.cli.project import approval_page, choose_home, connect, hint, with_output
 from nbdurable.cli.screen import Screen, warn
 from nbdurable.contract import (
@@ -44,8 +44,6 @@ from nbdurable.contract import (
 from nbdurable.errors import DurableError, UsageError
 from nbdurable.models import RunStatus, WaitStatus
 from nbdurable.settings import find_home
-
-INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 
 class _Group(TyperGroup):

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from nbdurable.cli import app, parameters, project
+from nbdurable.cli import parameters, project
+from nbdurable.cli.commands import app
 from nbdurable.errors import ParameterError
 from nbdurable.settings import find_home
 
@@ -175,3 +176,19 @@ def test_importing_the_commands_is_cheap() -> None:
     code = f"import sys, nbdurable.cli; print([m for m in {heavy.split()} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_ctrl_c_while_the_commands_are_loaded_shows_no_traceback() -> None:
+    """Guarantee 11: half a second of imports is long enough to think better of it."""
+    code = (
+        "import signal, sys\n"
+        "class Impatience:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'nbdurable.cli.commands':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Impatience())\n"
+        "from nbdurable.cli import main\n"
+        "main(['ls'])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
