@@ -7,10 +7,12 @@ Owns `Execution`; decides nothing (`step.py`) and knows nothing of IPython's hoo
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,6 +30,8 @@ from nbdurable.models import Checkpoint, StepStatus, Variable
 from nbdurable.policies import span
 from nbdurable.stepline import StepOptions
 from nbdurable.telemetry import fault_point
+
+TICK_S = 0.2  # an interrupt is seen within it
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Execution:
         return self.options.name
 
     def record(self) -> None:
-        """Begin to copy what is displayed."""
+        """Begin to copy what is displayed, and to listen for interrupts."""
+        self._taps.enter_context(_awake())
         self._taps.enter_context(recording(self.session.shell, self.recorder))
 
     def begin(self) -> None:
@@ -264,6 +269,28 @@ class Execution:
         rest = ast.Module(self.body[statement:], type_ignores=[])
         names = analysis.analyse(rest, "")
         return analysis.uses(names.loads, self.session.values, self.session.project).inputs | set(names.loads)
+
+
+@contextmanager
+def _awake() -> Iterator[None]:
+    """Wake the event loop now and then: a kernel sees an interrupt of a long `await` no sooner than its loop wakes."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # plain IPython runs a cell without `await` outside a loop
+        yield
+        return
+
+    timer: asyncio.TimerHandle
+
+    def tick() -> None:
+        nonlocal timer
+        timer = loop.call_later(TICK_S, tick)
+
+    tick()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def note_origins(session: Session, manifest: Manifest) -> None:

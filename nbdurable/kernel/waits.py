@@ -21,14 +21,13 @@ from nbdurable.checkpoint.plan import digest
 from nbdurable.checkpoint.preview import describe
 from nbdurable.errors import DurableError, Suspended
 from nbdurable.kernel import display, extension
-from nbdurable.kernel.execution import Execution
+from nbdurable.kernel.execution import TICK_S, Execution
 from nbdurable.kernel.session import Session, required
 from nbdurable.kernel.step import shown_as, uninterrupted
 from nbdurable.models import Wait, WaitKind, WaitStatus
 from nbdurable.policies import seconds
 from nbdurable.telemetry import fault_point
 
-TICK_S = 0.2  # an interrupt is seen within it
 _HOLD_S = 5.0
 _IN_PLACE_S = 2.0  # a shorter sleep costs less than another kernel
 _MAX_VALUE_BYTES = 256_000  # of a value shown whole to whoever decides

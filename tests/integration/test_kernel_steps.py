@@ -520,6 +520,18 @@ def test_an_interactive_approval_waits_and_goes_on(kernel: Kernel, home: Home) -
     assert "shorter" in card["data"]["text/html"]
 
 
+def test_an_interrupt_reaches_a_long_await(shared: Kernel) -> None:
+    """A step that awaits something for minutes can be interrupted, as one that computes can."""
+    sent = shared.send("%%step a\nimport asyncio\nprint('begun', flush=True)\nawait asyncio.sleep(50)", "a")
+    assert shared.client is not None
+    while shared.client.get_iopub_msg(timeout=20)["msg_type"] != "stream":
+        pass
+    shared.interrupt()
+    reply = shared.collect(sent, timeout=20)
+    assert reply.content["ename"] in ("CancelledError", "KeyboardInterrupt")
+    assert "did not finish" in reply.notes
+
+
 def test_an_interrupt_during_a_commit_comes_after_it(kernel: Kernel) -> None:
     """Guarantee 2: what was being committed is kept whole; the cells that were queued behind it do not run."""
     cell = (
