@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.checkpoint.manifest import Manifest, unseal
 from nbdurable.cli.project import connect
 from nbdurable.cli.screen import Line, Screen
@@ -40,7 +39,9 @@ def print_plan(target: str, screen: Screen) -> None:
         newest = client.call(GET_RUN, ByRun(run_id=target))
         notebook = Path(newest.notebook)
         if newest.snapshot is not None:
-            cells = _cells(bytes(LocalBlobs(client.home.blobs).read(newest.snapshot)))
+            from nbdurable.runner.notebooks import read_snapshot
+
+            cells = list(read_snapshot(client.home, newest)["cells"])
         else:
             cells = _cells_now(notebook, newest)
     known = {} if newest is None else _manifests(client, newest)

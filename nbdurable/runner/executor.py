@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -20,14 +19,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
 from nbdurable.contract import END_LEASE, GET_RUN, HEARTBEAT, ByRun, EndLease, Heartbeat
 from nbdurable.errors import DurableError, Fenced, NotebookError
 from nbdurable.models import ErrorInfo, Run, RunStatus, Step, StepStatus
 from nbdurable.processes import identity
 from nbdurable.runner.kernels import Kernel
-from nbdurable.runner.notebooks import output_path, step_cells
+from nbdurable.runner.notebooks import output_path, read_snapshot, step_cells
 from nbdurable.settings import Home, Settings
 from nbdurable.telemetry import fault_point
 
@@ -148,13 +146,14 @@ class Executor:
             kernel.start()  # it needs as long as these imports do
         except Exception as error:
             return _failure(run, self.epoch, error)
+        import nbformat
         import papermill
         from papermill.exceptions import PapermillExecutionError
 
         from nbdurable.runner.execution import Assignment, KernelNotReady
 
         try:
-            nb = self._snapshot(run)
+            nb = nbformat.from_dict(read_snapshot(self.home, run))
             output = output_path(self.home, run)
             if run.output is None:
                 output.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -187,13 +186,6 @@ class Executor:
             if isinstance(error, DurableError) or kernel.exit_status is None:
                 return _failure(run, self.epoch, error)
             return self._word("lose", _death(kernel.exit_status))
-
-    def _snapshot(self, run: Run) -> Any:
-        import nbformat
-
-        if run.snapshot is None:
-            raise NotebookError(f"run {run.short} has no snapshot of its notebook", todo="create a new run")
-        return nbformat.from_dict(json.loads(bytes(LocalBlobs(self.home.blobs).read(run.snapshot))))
 
     def _steps(self) -> Sequence[Step]:
         """Return the run's steps as the coordinator knows them; none where nobody should ask any more."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
 from nbdurable.contract import CREATE_RUN, CreateRun
-from nbdurable.errors import NotebookError, ParameterError, StepUsageError
+from nbdurable.errors import CheckpointError, NotebookError, ParameterError, StepUsageError
 from nbdurable.models import DriverKind, Run
 from nbdurable.settings import Home
 from nbdurable.stepline import read_step
@@ -102,6 +102,20 @@ def create_headless(
             "its notebook or its parameters are others than those given now"
         )
     return run
+
+
+def read_snapshot(home: Home, run: Run) -> Notebook:
+    """Return a run's notebook as it was when the run began; raises CheckpointError, NotebookError."""
+    if run.snapshot is None:
+        raise NotebookError(f"run {run.short} has no snapshot of its notebook", todo="create a new run")
+    try:
+        found: Notebook = json.loads(bytes(LocalBlobs(home.blobs).read(run.snapshot)))
+    except CheckpointError as error:
+        raise type(error)(
+            f"the notebook of run {run.short}, as it was when the run began, can't be read: {error.message}",
+            todo="put the file back and resume the run, or begin a new one; its steps are kept",
+        ) from None
+    return found
 
 
 def output_path(home: Home, run: Run) -> Path:

@@ -106,6 +106,7 @@ MATRIX = {
         "unit/checkpoint/test_blobs.py::test_a_damaged_blob_is_refused_by_name_and_replaced",
         f"{KERNEL}::test_an_altered_blob_and_a_missing_one_are_refused",
         f"{KERNEL_TOO}::test_a_truncated_blob_is_refused",
+        f"{NOTEBOOKS}::test_a_snapshot_that_is_gone_is_named_as_such",
         f"{HERE}::test_a_damaged_blob_stops_a_resumed_run_and_put_back_it_goes_on",
     ],
     "a state folder or settings that can't be used": [

@@ -12,10 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
-from nbdurable.errors import NotebookError, ParameterError, StepUsageError
+from nbdurable.errors import BlobDamaged, BlobMissing, NotebookError, ParameterError, StepUsageError
 from nbdurable.models import DriverKind, Run, RunStatus
-from nbdurable.runner.notebooks import check_output, create_headless, output_path, prepare, step_name
+from nbdurable.runner.notebooks import (
+    check_output,
+    create_headless,
+    output_path,
+    prepare,
+    read_snapshot,
+    step_name,
+)
 from nbdurable.settings import Home
 
 
@@ -243,6 +251,34 @@ def test_output_without_permission_is_refused(tmp_path: Path) -> None:
     locked.mkdir(mode=0o500)
     with pytest.raises(NotebookError, match="permission denied"):
         check_output(locked / "out.ipynb", tmp_path / "a.ipynb")
+
+
+def test_a_snapshot_that_is_gone_is_named_as_such(tmp_path: Path) -> None:
+    """Guarantees 8, 11: the run, the blob and what to do; an altered one is not read either."""
+    home = Home(tmp_path).create()
+    blobs = LocalBlobs(home.blobs)
+    run = Run(
+        id="0" * 24 + "0199f3c2",
+        notebook="/a.ipynb",
+        status=RunStatus.QUEUED,
+        reason="",
+        kind=DriverKind.HEADLESS,
+        snapshot=blobs.put(b'{"cells": []}'),
+        created_at=0,
+        updated_at=0,
+    )
+    assert run.snapshot is not None
+    assert read_snapshot(home, run) == {"cells": []}
+    path = blobs.path(run.snapshot)
+    path.unlink()
+    with pytest.raises(
+        BlobMissing, match=f"the notebook of run 0199f3c2.*blob {run.snapshot} is missing"
+    ) as error:
+        read_snapshot(home, run)
+    assert "put the file back and resume" in error.value.todo
+    path.write_bytes(b'{"cells": [1]}')
+    with pytest.raises(BlobDamaged, match="the notebook of run 0199f3c2"):
+        read_snapshot(home, run)
 
 
 def test_names_that_are_too_long(tmp_path: Path) -> None:
