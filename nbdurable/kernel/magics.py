@@ -84,7 +84,8 @@ class DurableMagics(Magics):  # type: ignore[misc]
     def _status(self, _: list[str]) -> str:
         detail = self._detail()
         if detail is None:
-            return "no run yet: the first step cell begins one"
+            trouble = self._session.trouble
+            return "no run yet: the first step cell begins one" if trouble is None else str(trouble)
         lines = [f"run {detail.short}, {detail.status}: {detail.reason}"]
         width = max((len(step.name) for step in detail.steps), default=0)
         for step in detail.steps:
@@ -134,9 +135,17 @@ class DurableMagics(Magics):  # type: ignore[misc]
         return "\n".join(f"{name} will run when its cell is executed next" for name in names)
 
     def _new(self, _: list[str]) -> str:
-        old = self._session.run
+        old = self._detail()
         run = self._session.start_new()
-        return f"run {run.short} begins" + (f"; run {old.short} is closed, its history stays" if old else "")
+        if old is None:
+            return f"run {run.short} begins"
+        now = self._session.client.call(contract.GET_RUN, contract.ByRun(run_id=old.id))
+        what = (
+            "is closed, its history stays"
+            if now.status.is_final
+            else f"goes on without this kernel: {now.reason}"
+        )
+        return f"run {run.short} begins; run {old.short} {what}"
 
     def _takeover(self, _: list[str]) -> str:
         session = self._session
@@ -144,7 +153,7 @@ class DurableMagics(Magics):  # type: ignore[misc]
         if run is None:
             return "this notebook has no open run"
         session.take_up(run, take_over=True)
-        return f"this kernel now drives run {run.short}: {len(session.checkpoints)} steps kept"
+        return f"this kernel now drives run {run.short}: {_steps(len(session.checkpoints))} kept"
 
     def _runs(self, _: list[str]) -> str:
         session = self._session
@@ -158,6 +167,10 @@ class DurableMagics(Magics):  # type: ignore[misc]
             f"{'interactive' if run.kind is DriverKind.INTERACTIVE else 'headless'}  {run.reason}"
             for run in runs
         )
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _awaited(wait: Wait) -> str:
@@ -175,15 +188,15 @@ def greet(session: Session) -> str:
     try:
         session.take_up(run)
     except LeaseHeld as error:
-        return f"{name}, run {run.short}: {error.message}.\n  → {error.todo}"
+        return f"{name}: {error.message}.\n  → {error.todo}"
     except DurableError as error:
         return str(error)
     kept = len(session.checkpoints)
     steps = [cell for cell in read_cells(session.notebook) if cell.options is not None]
-    of = f"{kept} of {len(steps)}" if steps else str(kept)
+    of = f"{kept} of {_steps(len(steps))}" if steps else _steps(kept)
     newest = max((c.at for c in session.checkpoints.values()), default=None)
     age = f", {span(max(0.0, time.time() - newest))} old" if newest is not None else ""
     why = run.reason.partition(";")[0]  # what to do about it has just been done
     if run.notebook != str(session.notebook):
         name += f" (was {Path(run.notebook).name})"
-    return f"{name}, run {run.short}: {of} steps kept{age} ({why}).  %durable plan · %durable new"
+    return f"{name}, run {run.short}: {of} kept{age} ({why}).  %durable plan · %durable new"

@@ -59,6 +59,10 @@ def the_run(home: Home) -> contract.RunDetail:
     return client.call(contract.GET_RUN, contract.ByRun(run_id=run.id))
 
 
+def details(home: Home, run_id: str) -> contract.RunDetail:
+    return Client(home).call(contract.GET_RUN, contract.ByRun(run_id=run_id))
+
+
 def test_a_step_runs_once_and_is_restored_after_a_restart(kernel: Kernel, home: Home) -> None:
     """Guarantees 1 and 7: restart, run all: every step restored, same variables, same outputs, a reason for each."""
     cells = [
@@ -426,12 +430,15 @@ def test_a_second_kernel_is_told_and_may_take_over(kernel: Kernel, home: Home, t
         refused = second.run("%%step a\nx = 1", "a")
         assert refused.status == "error"
         assert "%durable takeover" in refused.error
-        assert "1 steps kept" in second.run("%durable takeover").notes
+        assert "driven by" in second.run("%durable status").notes
+        assert "1 step kept" in second.run("%durable takeover").notes
         assert "↺ a" in second.run("%%step a\nx = 1", "a").notes
         late = kernel.run("%%step b\ny = 1", "b")
         assert late.status == "error"
         assert "driven by" in late.error
-        assert [step.name for step in the_run(home).steps] == ["a"]
+        assert "goes on without this kernel" in kernel.run("%durable new").notes
+        runs = Client(home).call(contract.LIST_RUNS, contract.ListRuns()).runs
+        assert [len(run.steps) for run in (details(home, r.id) for r in runs)] == [0, 1]
     finally:
         second.shutdown()
 
