@@ -156,7 +156,7 @@ def _tap_stream(name: str, recorder: Recorder) -> Callable[[], None]:
 
     try:
         stream.write = tapped  # a logging handler may hold the stream itself
-        return lambda: _untap(stream)
+        return lambda: _untap(stream, tapped, write)
     except AttributeError:
         setattr(sys, name, _Tee(stream, tapped))
         return lambda: setattr(sys, name, stream)
@@ -167,8 +167,9 @@ def _cell_of(stream: Any) -> str | None:
     return (getattr(stream, "parent_header", None) or {}).get("msg_id")
 
 
-def _untap(stream: Any) -> None:
-    del stream.write
+def _untap(stream: Any, tapped: Any, write: Any) -> None:
+    if stream.write is tapped:  # else somebody has put something over it meanwhile
+        stream.write = write  # IPython's own copy for the history, mostly
 
 
 class _Tee:
