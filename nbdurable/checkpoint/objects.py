@@ -109,17 +109,26 @@ class Problem:
 
 
 def importable(value: Any) -> str | None:
-    """Return `module:qualname` if a module other than the notebook holds this very object under its name."""
+    """Return `module:name` if a module other than the notebook holds this very object under its name.
+
+    Its qualified name, or the name in a function's code: `dataclasses` renames a function of its own after each
+    class that it gives it to.
+    """
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(qualname, str) or module == "__main__":
         return None
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        try:
-            found = getattr(found, part)
-        except Exception:
-            return None
-    return f"{module}:{qualname}" if found is value else None
+    names = [qualname, value.__code__.co_name] if isinstance(value, types.FunctionType) else [qualname]
+    for name in names:
+        found: Any = sys.modules.get(module)
+        for part in name.split("."):
+            try:
+                found = getattr(found, part)
+            except Exception:
+                break
+        else:
+            if found is value:
+                return f"{module}:{name}"
+    return None
 
 
 def live_name(value: Any, namespace: Namespace | None) -> str | None:

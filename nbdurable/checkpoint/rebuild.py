@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any
 
 from nbdurable.errors import NotRestorable
@@ -41,6 +42,11 @@ def live(qualname: str) -> Any:
             todo=f"define `{head}` in a cell above the step",
         ) from None
     return found
+
+
+def imported(module: str, name: str) -> Any:
+    """Return what a module holds under a name that is not the object's own."""
+    return getattr(import_module(module), name)
 
 
 def function(

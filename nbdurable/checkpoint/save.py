@@ -371,8 +371,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return None if name is None or name.partition(".")[0] in self._names else (rebuild.live, (name,))
 
     def _function(self, function: types.FunctionType) -> Any:
-        if importable(function) is not None:
-            return NotImplemented
+        if (name := importable(function)) is not None:
+            module, _, path = name.partition(":")
+            return NotImplemented if path == function.__qualname__ else (rebuild.imported, (module, path))
         if (reference := self._live(function)) is not None:
             return reference
         if not is_notebook_function(function, self._namespace):
