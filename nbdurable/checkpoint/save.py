@@ -377,14 +377,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if (reference := self._live(function)) is not None:
             return reference
         if not is_notebook_function(function, self._namespace):
-            return super().reducer_override(function)
+            return self._foreign_function(function)
         self._note_source(function)
-        cells = []
-        for cell in function.__closure__ or ():
-            if id(cell) not in self._empty:
-                self._empty[id(cell)] = cell
-                with suppress(ValueError):  # an empty cell
-                    cells.append((cell, cell.cell_contents))
+        cells = self._first_seen(function)
         attributes = {
             "__dict__": dict(function.__dict__),
             "__qualname__": function.__qualname__,
@@ -396,6 +391,27 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         }
         made = (function.__code__, function.__name__, function.__closure__)
         return rebuild.function, made, (cells, attributes), None, None, rebuild.fill_function
+
+    def _first_seen(self, function: types.FunctionType) -> list[tuple[types.CellType, Any]]:
+        """Return the closure cells, with their content, that no function carries yet: this one does."""
+        cells = []
+        for cell in function.__closure__ or ():
+            if id(cell) not in self._empty:
+                self._empty[id(cell)] = cell
+                with suppress(ValueError):  # an empty cell
+                    cells.append((cell, cell.cell_contents))
+        return cells
+
+    def _foreign_function(self, function: types.FunctionType) -> Any:
+        """Reduce a function of other globals as cloudpickle does, but keep its cells, which others may share."""
+        reduced = super().reducer_override(function)
+        if not isinstance(reduced, tuple) or function.__closure__ is None:
+            return reduced
+        make, (*arguments, _), (attributes, slots), *rest = reduced
+        carried = {id(cell): types.CellType(content) for cell, content in self._first_seen(function)}
+        # cloudpickle copies the content of these into the function's own cells, and passes over empty ones
+        slots["__closure__"] = tuple(carried.get(id(cell), types.CellType()) for cell in function.__closure__)
+        return (make, (*arguments, function.__closure__), (attributes, slots), *rest)
 
     def _cell(self, cell: types.CellType) -> Any:
         if id(cell) in self._empty:

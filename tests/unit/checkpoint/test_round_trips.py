@@ -81,6 +81,11 @@ TYPES: dict[str, tuple[str, str]] = {
         "        return n\n    return inc, get\nv, get = make(); v()",
         "v() == 2 and get() == 2",
     ),
+    "closures of another module share a cell": (
+        "code = 'def make():\\n    def f(): return len(both), both[0] is f\\n    def g(): both.append(g); return f()\\n    both = [f, g]\\n    return f, g'\n"
+        "other = types.ModuleType('other'); exec(code, vars(other)); v = other.make(); del other",
+        "v[0]() == (2, True) and v[1]() == (3, True) and v[0]() == (3, True)",
+    ),
     "lambda, partial, method": (
         "class C:\n    def m(self, x):\n        return self.n * x\nc = C(); c.n = 3\nv = [lambda x: x + 1, functools.partial(max, 2), c.m]",
         "v[0](1) == 2 and v[1](1) == 2 and v[2](2) == 6 and v[2].__self__ is c",
