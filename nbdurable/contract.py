@@ -204,12 +204,16 @@ class SetResult(Shape):
 
 
 class BeginStep(Shape):
-    """Record a decision about a step, with its reason: answered when it is on disk, and carried out only then."""
+    """Record a decision about a step, with its reason: answered when it is on disk, and carried out only then.
+
+    `continue`: the body goes on behind a gate; `execute`: it begins anew, and waits that its last body left open are
+    cancelled.
+    """
 
     run_id: str
     epoch: int
     step: str
-    action: Literal["execute", "restore"]
+    action: Literal["execute", "continue", "restore"]
     reason: str
     cell_id: str | None = None
 

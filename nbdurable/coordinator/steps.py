@@ -14,6 +14,7 @@ from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.fold import COMMITS, Kind, StepState
 from nbdurable.coordinator.state import Live
 from nbdurable.errors import NotFound
+from nbdurable.models import WaitStatus
 
 
 class Steps:
@@ -49,7 +50,11 @@ class Steps:
                 attempt, kind = (state.next_attempt if state is not None else 1), Kind.STEP_STARTED
             sentence = f"{wanted.step}: {wanted.action} ({wanted.reason})"
             event = self._core.step_event(live.run, kind, wanted.step, sentence, {**data, "attempt": attempt})
-            (seq,) = await self._core.commit(live, (event,))
+            obsolete = []
+            if wanted.action == "execute":  # nobody comes back to the gates of the body that ran before
+                open_ones = (wait for wait in self._core.open_waits(live.run.id) if wait.step == wanted.step)
+                obsolete = [w.model_copy(update={"status": WaitStatus.CANCELLED}) for w in open_ones]
+            (seq,) = await self._core.commit(live, (event,), waits=obsolete)
             return contract.Begun(attempt=attempt, seq=seq)
 
     async def commit_step(self, wanted: contract.CommitStep) -> contract.Committed:

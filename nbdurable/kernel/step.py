@@ -251,7 +251,7 @@ class Steps:
                 run_id=session.run_id,
                 epoch=session.epoch,
                 step=options.name,
-                action="restore" if verdict.action == "restore" else "execute",
+                action=verdict.action,
                 reason=verdict.reason,
                 cell_id=cell.id,
             ),
@@ -371,8 +371,9 @@ class Steps:
             attempt=execution.attempt,
             error=describe_error(error),
         )
-        with suppress(DurableError):  # the user's own error is what must be seen
-            session.client.call(contract.FAIL_STEP, question)
+        if not (isinstance(error, KeyboardInterrupt) and self._waits_open(execution)):
+            with suppress(DurableError):  # the user's own error is what must be seen
+                session.client.call(contract.FAIL_STEP, question)
         if not session.headless:
             kept = [
                 name

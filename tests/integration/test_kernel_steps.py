@@ -573,11 +573,27 @@ def test_an_interrupted_approval_stays_open_and_the_next_run_picks_it_up(kernel:
     )
     assert "above its gate is kept" in reply.notes
     assert [w.id for w in open_waits(home)] == [wait.id]
+    assert the_run(home).steps[0].status is StepStatus.WAITING
     answer(home, wait.id)
     reply = kernel.run(APPROVAL, "g")
     assert reply.status == "ok", reply.error
     assert kernel.value("(before, after)") == "(1, ('text', 'test'))"
     assert the_run(home).steps[0].status is StepStatus.COMPLETED
+
+
+def test_an_edited_cell_asks_anew_and_its_old_approval_is_cancelled(kernel: Kernel, home: Home) -> None:
+    """Nobody is asked for an answer that nothing would use."""
+    kernel.run("import nbdurable as durable")
+    sent = kernel.send(APPROVAL, "g")
+    [old] = until(lambda: open_waits(home), Client(home))
+    kernel.interrupt()
+    kernel.collect(sent)
+    sent = kernel.send(APPROVAL.replace("'text'", "'another text'"), "g")
+    [new] = until(lambda: [w for w in open_waits(home) if w.id != old.id], Client(home))
+    assert [w.id for w in open_waits(home)] == [new.id]
+    answer(home, new.id)
+    assert kernel.collect(sent).status == "ok"
+    assert kernel.value("decision.value") == "'another text'"
 
 
 def test_a_gate_survives_the_kernel(kernel: Kernel, home: Home) -> None:
