@@ -84,6 +84,11 @@ class Home:
         return self.root / "store.duckdb"
 
     @property
+    def journal(self) -> Path:
+        """Return the file with what is committed and not in the store yet."""
+        return self.root / "store.journal"
+
+    @property
     def store_lock(self) -> Path:
         return self.root / "store.lock"
 

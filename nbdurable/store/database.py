@@ -54,7 +54,7 @@ def timestamp(seconds: float) -> datetime:
 
 
 class Database:
-    """One open store file: cursors for readers, one connection for the writer, reopened after a fatal error.
+    """One open store file: cursors for readers, one connection for whoever writes, reopened after a fatal error.
 
     Raises StoreTooNew, StoreDamaged, StoreLocked, StoreFull or StoreError; none changes the file.
     """
@@ -106,7 +106,7 @@ class Database:
 
     @property
     def writer(self) -> Any:
-        """Return the connection that only the writer thread uses."""
+        """Return the connection for writing; one thread at a time may use it."""
         if self._root is None:
             self._root = self._open()
         return self._root
@@ -185,11 +185,12 @@ class Database:
     def _create(self) -> None:
         """Make an empty store under another name, so that a crash leaves none or a whole one."""
         store = self._home.store
-        if (log := _wal(store)).exists():
-            raise StoreDamaged(
-                f"{store} is missing, but its write-ahead log {log.name} is there, and a new file loses it",
-                todo=f"put {store.name} back beside it, or move {log.name} away. {_way_back(self._home)}",
-            )
+        for log in (_wal(store), self._home.journal):
+            if log.exists():
+                raise StoreDamaged(
+                    f"{store} is missing, but {log.name}, which belongs to it, is there: a new store loses it",
+                    todo=f"put {store.name} back beside it, or move {log.name} away. {_way_back(self._home)}",
+                )
         draft = store.with_name("store.duckdb.new")
         for left in (draft, _wal(draft)):
             left.unlink(missing_ok=True)
@@ -275,7 +276,7 @@ def backups(home: Home) -> list[Path]:
 
 def _way_back(home: Home) -> str:
     """Return the commands that put the newest backup in the store's place, and keep what was there."""
-    present = [path for path in (home.store, _wal(home.store)) if path.exists()]
+    present = [path for path in (home.store, _wal(home.store), home.journal) if path.exists()]
     commands = [f"mv {quote(str(path))} {quote(f'{path}.damaged')}" for path in present]
     newest = backups(home)
     if not newest:

@@ -1,8 +1,5 @@
 -- What the store asks of DuckDB. A line `-- name: …` gives the statement below it its name.
 
--- name: insert_event
-INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-
 -- name: insert_events
 INSERT INTO events
 SELECT
@@ -29,6 +26,12 @@ SELECT
     unnest(?::VARCHAR[]), unnest(?::VARCHAR[][]),
     unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::TIMESTAMP[]), unnest(?::JSON[])
 
+-- name: set_applied
+UPDATE journal SET applied = ?
+
+-- name: journal
+SELECT store, applied FROM journal
+
 -- name: insert_migration
 INSERT INTO migrations VALUES (?, ?, ?)
 
@@ -40,9 +43,6 @@ SELECT coalesce(max(version), 0) FROM migrations
 
 -- name: last_seq
 SELECT coalesce(max(seq), 0) FROM events
-
--- name: has_seq
-SELECT count(*) > 0 FROM events WHERE seq = ?
 
 -- name: read_through
 SELECT
