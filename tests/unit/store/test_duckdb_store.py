@@ -16,11 +16,13 @@ from typing import Any
 
 import duckdb
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nbdurable.contract import ListRuns, Query
 from nbdurable.errors import StoreDamaged, StoreError, StoreFull, StoreLocked, StoreTooNew, UsageError
 from nbdurable.settings import Home
-from nbdurable.store import database
+from nbdurable.store import database, duckdb_store, journal
 from nbdurable.store.duckdb_store import DuckDBStore
 from nbdurable.store.migrations import Migration, all_migrations
 from nbdurable.store.port import Changes, Ticket
@@ -55,7 +57,9 @@ def filled(home: Home, events: int = 200) -> None:
 def digests(home: Home) -> dict[str, str]:
     """Return what the closed store's files hold."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in home.root.glob("store.duckdb*")
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in home.root.glob("store.*")
+        if path != home.store_lock
     }
 
 
@@ -85,14 +89,13 @@ def together(store: DuckDBStore, submissions: list[Changes]) -> list[Ticket]:
     return tickets
 
 
-def test_everything_submitted_meanwhile_is_one_transaction(store: DuckDBStore) -> None:
-    """A hundred submissions that wait for the writer cost one commit."""
-    before = 0
-
-    def remember(_: object) -> None:
-        nonlocal before
-        before = store.commits
-
+def test_everything_submitted_meanwhile_is_one_record(
+    store: DuckDBStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred submissions that wait for the writer cost one sync."""
+    syncs: list[int] = []
+    real = journal._sync
+    monkeypatch.setattr(journal, "_sync", lambda handle: (syncs.append(handle), real(handle))[1])
     tickets = together(
         store,
         [Changes([event(), commit("s")], [run(number % 5, epoch=number)], [wait()]) for number in range(100)],
@@ -102,13 +105,13 @@ def test_everything_submitted_meanwhile_is_one_transaction(store: DuckDBStore) -
     store.flush()
     others = len(store.events(run_id(99)))
 
-    assert store.commits == others + 1
+    assert store.commits == len(syncs) == others + 1
     assert len(store.events(run_id(1))) == 200
     assert store.runs(ListRuns()) == [run(number, epoch=95 + number) for number in (4, 3, 2, 1, 0)]
 
 
 def test_a_bad_row_in_a_group_fails_only_itself(store: DuckDBStore) -> None:
-    """Guarantee 2: its neighbours are committed, one by one, each once."""
+    """Guarantee 2: its neighbours are committed, each once."""
     good = [Changes([event(epoch=number)], [run(number)]) for number in range(10)]
     bad = Changes([event(sentence="\ud800")], [run(50)])
     tickets = together(store, [*good[:5], bad, *good[5:]])
@@ -124,11 +127,13 @@ def test_a_bad_row_in_a_group_fails_only_itself(store: DuckDBStore) -> None:
 def test_an_open_reader_disturbs_no_row_that_is_replaced(store: DuckDBStore) -> None:
     """Guarantee 3: a long query or a backup keeps its own view, and commits go on beside it."""
     store.submit(Changes(runs=[run(epoch=0)])).done.result(DEADLINE_S)
+    assert store.run(run_id(1)) == run(epoch=0)
     with store._database.cursor() as reader:
         reader.begin()
         reader.execute("SELECT count(*) FROM runs").fetchall()
         for epoch in range(1, 101):
             store.submit(Changes([event()], [run(epoch=epoch)], [wait()])).done.result(DEADLINE_S)
+            assert store.run(run_id(1)) == run(epoch=epoch)
         assert reader.execute("SELECT max(epoch), count(*) FROM runs").fetchone() == (0, 1)
 
     assert store.runs(ListRuns()) == [run(epoch=100)]
@@ -151,6 +156,193 @@ def test_a_store_can_be_closed_from_the_callback_of_a_submission(home: Home) -> 
     store.close()
 
     DuckDBStore.open(home).close()
+
+
+# The journal and the database -----------------------------------------------------------------------------
+
+
+def crashed(store: DuckDBStore, home: Home, image: Home) -> None:
+    """Copy what a crash of this moment would leave; nobody commits meanwhile."""
+    image.create()
+    with store._applying:
+        for path in home.root.glob("store.*"):
+            if path != home.store_lock:
+                (image.root / path.name).write_bytes(path.read_bytes())
+
+
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("put"), st.integers(0, 2), st.text(max_size=9)),
+            st.tuples(st.just("ask"), st.integers(0, 2), st.just("")),
+            st.tuples(st.sampled_from(["crash", "close", "copy"]), st.just(0), st.just("")),
+        ),
+        max_size=14,
+    )
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_crashes_and_readers_at_any_place_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, str]]
+) -> None:
+    """Guarantees 2 and 3: whatever is acknowledged is read at once, and after each crash, whole and once."""
+    home = Home(tmp_path_factory.mktemp("crash") / "0")
+    store = DuckDBStore.open(home)
+    told: dict[str, list[str]] = {run_id(number): [] for number in range(3)}
+    rows: dict[str, Any] = {}
+
+    def check(identity: str) -> None:
+        assert [found.sentence for found in store.events(identity)] == told[identity]
+        assert store.run(identity) == rows.get(identity)
+
+    try:
+        for count, (what, number, text) in enumerate(steps, 1):
+            if what == "put":
+                row = run(number, reason=text, epoch=len(told[run_id(number)]))
+                store.submit(Changes([event(number, sentence=text)], [row])).done.result(DEADLINE_S)
+                told[row.id].append(text)
+                rows[row.id] = row
+            elif what == "ask":
+                check(run_id(number))
+            else:
+                image = Home(home.root.with_name(str(count)))
+                if what == "copy":
+                    store.backup()
+                    image.create().store.write_bytes(database.backups(home)[0].read_bytes())
+                elif what == "crash":
+                    crashed(store, home, image)
+                else:
+                    image = home
+                store.close()
+                store, home = DuckDBStore.open(image), image
+        for identity in told:
+            check(identity)
+    finally:
+        store.close()
+
+
+def test_what_the_database_has_is_not_applied_again(home: Home) -> None:
+    """Guarantee 3: a crash between the database's commit and the journal's new beginning repeats nothing."""
+    store = DuckDBStore.open(home)
+    for epoch in range(20):
+        store.submit(Changes([event(epoch=epoch)], [run(epoch=epoch)])).done.result(DEADLINE_S)
+    records = home.journal.read_bytes()
+    store.close()
+    assert not home.journal.exists()
+    for _ in range(2):
+        home.journal.write_bytes(records)
+        store = DuckDBStore.open(home)
+        assert [found.epoch for found in store.events(run_id(1))] == list(range(20))
+        assert store.runs(ListRuns()) == [run(epoch=19)]
+        store.close()
+
+
+def test_the_journal_begins_anew_when_it_is_long(
+    home: Home, store: DuckDBStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guarantee 3: its length is bounded, and nothing is lost by it."""
+    monkeypatch.setattr(duckdb_store, "JOURNAL_BYTES", 20_000)
+    sizes = []
+    for number in range(60):
+        store.submit(Changes([commit(f"s{number}", text="m" * 1000)])).done.result(DEADLINE_S)
+        sizes.append(home.journal.stat().st_size)
+
+    assert 15_000 < max(sizes) < 25_000
+    assert len(store.checkpoints(run_id(1))) == 60
+
+
+def test_a_database_that_takes_nothing_stops_readers_and_commits_and_loses_nothing(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guarantees 3 and 11: what was acknowledged stays in the journal, nothing more is, until it works again."""
+    store = DuckDBStore.open(home)
+    store.submit(Changes([event(epoch=1)])).done.result(DEADLINE_S)
+    assert len(store.events(run_id(1))) == 1
+    monkeypatch.setitem(duckdb_store._SQL, "set_applied", "UPDATE no_such_table SET applied = ?")
+    acknowledged = [1]
+    for epoch in (2, 3):
+        with suppress(StoreError):
+            store.submit(Changes([event(epoch=epoch)], [run(epoch=epoch)])).done.result(DEADLINE_S)
+            acknowledged.append(epoch)
+        with pytest.raises(StoreError, match="no_such_table"):
+            store.run(run_id(1))
+    assert acknowledged == [1, 2]
+    with pytest.raises(StoreError, match="no_such_table"):
+        store.backup()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.run(run_id(1))
+    with pytest.raises(StoreError, match="no_such_table"):
+        DuckDBStore.open(home)
+    monkeypatch.undo()
+
+    store = DuckDBStore.open(home)
+    assert [found.epoch for found in store.events(run_id(1))] == acknowledged
+    assert store.run(run_id(1)) == run(epoch=2)
+    monkeypatch.setitem(duckdb_store._SQL, "set_applied", "UPDATE no_such_table SET applied = ?")
+    store.submit(Changes([event(epoch=4)])).done.result(DEADLINE_S)
+    with pytest.raises(StoreError, match="no_such_table"):
+        store.run(run_id(1))
+    monkeypatch.undo()
+    store.submit(Changes([event(epoch=5)])).done.result(DEADLINE_S)
+    assert [found.epoch for found in store.events(run_id(1))] == [*acknowledged, 4, 5]
+    store.close()
+
+
+def test_the_largest_submission_fits_into_the_database(store: DuckDBStore) -> None:
+    """Guarantee 3: what is too large is refused before it is acknowledged, not after."""
+    most = duckdb_store.MAX_BYTES - 10_000
+    row = run(parameters={"text": "x" * (most // 2)})
+    store.submit(Changes([commit("s", text="m" * (most // 2))], [row])).done.result(DEADLINE_S)
+    assert store.run(run_id(1)) == row
+    with pytest.raises(StoreError, match="at most"):
+        store.submit(Changes([commit("s", text="m" * (most + 10_000))])).done.result(DEADLINE_S)
+
+
+def test_whatever_json_can_say_fits_into_the_database(store: DuckDBStore) -> None:
+    """Guarantee 3: nothing that is acknowledged is refused by the database afterwards."""
+    odd = {"far": 10**400, "nan": float("nan"), "deep": deep(200), "nul": "\0", "e": 1e308, "far apart": -0.0}
+    times = [-62_135_596_800.0, 1e-7, 253_402_300_799.0]
+    store.submit(
+        Changes(
+            [event(data=odd), *(event(at=at, sentence="\0\uffff") for at in times)],
+            [run(parameters={"nan": float("nan"), "inf": float("inf"), "far": 10**30}, tags=("", "\0", "'"))],
+        )
+    ).done.result(DEADLINE_S)
+
+    assert [found.sentence for found in store.events(run_id(1))][1:] == ["\0\uffff"] * 3
+    assert store.events(run_id(1))[0].data["deep"] == deep(200)
+    assert store.run(run_id(1)) is not None
+
+
+def deep(levels: int) -> list[Any]:
+    return [deep(levels - 1)] if levels else []
+
+
+def test_a_damaged_journal_says_so_and_how_to_go_on(home: Home) -> None:
+    """Guarantee 11: the file is named, nothing is changed, and the command that the error gives works."""
+    store = DuckDBStore.open(home)
+    store.submit(Changes(runs=[run(1)])).done.result(DEADLINE_S)
+    assert store.run(run_id(1))
+    for number in (2, 3):
+        store.submit(Changes(runs=[run(number)])).done.result(DEADLINE_S)
+    image = Home(home.root.with_name("image"))
+    crashed(store, home, image)
+    store.close()
+    data = image.journal.read_bytes()
+    image.journal.write_bytes(data.replace(run_id(2).encode(), run_id(7).encode()))
+    before = digests(image)
+
+    with pytest.raises(StoreDamaged) as refused:
+        DuckDBStore.open(image)
+
+    after = digests(image)
+    assert after["store.journal"] == before["store.journal"]
+    assert str(image.journal) in refused.value.message
+    command = refused.value.todo.split("`")[1].split(" && ")[0]
+    subprocess.run(command, shell=True, check=True)
+    store = DuckDBStore.open(image)
+    assert store.run(run_id(1))
+    store.close()
 
 
 # People's SQL ---------------------------------------------------------------------------------------------
@@ -378,7 +570,9 @@ def test_a_damaged_log_is_noticed_and_left_alone(home: Home) -> None:
         "import os, sys; from pathlib import Path; from nbdurable.settings import Home\n"
         "from nbdurable.store.duckdb_store import DuckDBStore; from nbdurable.store.port import *\n"
         "store = DuckDBStore.open(Home(Path(sys.argv[1])))\n"
-        "for n in range(50): store.submit(Changes([NewEvent(1.0, 'r', n, 'k', 'sentence')])).done.result()\n"
+        "for n in range(50):\n"
+        "    store.submit(Changes([NewEvent(1.0, 'r', n, 'k', 'sentence')])).done.result()\n"
+        "    assert len(store.events('r')) == n + 1\n"
         "os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script, str(home.root)], check=True)
@@ -396,10 +590,11 @@ def test_a_damaged_log_is_noticed_and_left_alone(home: Home) -> None:
     assert shlex.quote(str(log)) in refused.value.todo
 
 
-def test_a_log_without_its_store_is_not_thrown_away(home: Home) -> None:
-    """Guarantee 3: DuckDB would begin anew and drop the log; the store refuses instead."""
+@pytest.mark.parametrize("name", ["store.duckdb.wal", "store.journal"])
+def test_a_log_without_its_store_is_not_thrown_away(home: Home, name: str) -> None:
+    """Guarantee 3: a new store would drop the log of the old one; it refuses instead."""
     home.create()
-    log = home.store.with_name("store.duckdb.wal")
+    log = home.root / name
     log.write_bytes(b"acknowledged commits")
 
     with pytest.raises(StoreDamaged, match="missing"):
@@ -555,4 +750,4 @@ def test_the_loader_finds_statements_by_name() -> None:
         "one": "SELECT 1",
         "two": "SELECT 2 -- two",
     }
-    assert {"insert_event", "runs", "checkpoints"} <= load().keys()
+    assert {"insert_events", "runs", "checkpoints"} <= load().keys()

@@ -3,11 +3,13 @@
 `python writer.py HOME MODE`; each submission is an event and its run's row, both with the same epoch. Modes:
 `alone`: one submission at a time, without end; `threads`: four.
 `full`: some while no file may grow beyond a limit, some without it; prints `ack`, `full` or `error SEQ`.
-`stuck`: events alone, and the limit leaves room for commits, but none to write the log into the file.
+`stuck`: events alone, each followed by a reader; the limit leaves room for the journal and for the database's
+log until that is long, but none to write the log into the file. Prints `unread 0` too, and `survivors COUNT`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -80,18 +82,34 @@ def fill(store: DuckDBStore) -> None:
     store.close()
 
 
+class Count(logging.Handler):
+    """Counts commits that were followed by an error."""
+
+    seen = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen += record.levelno == logging.WARNING
+
+
 def stick(store: DuckDBStore, home: Home) -> None:
-    def big() -> Changes:
-        return Changes([commit("step", text=os.urandom(500_000).hex())])
+    survivors = Count()
+    logging.getLogger("nbdurable.store").addHandler(survivors)
+
+    def big() -> None:
+        attempt(store, Changes([commit("step", text=os.urandom(500_000).hex())]))
+        try:
+            store.run(run_id(1))
+        except StoreFull:
+            say("unread", 0)
 
     while home.store.stat().st_size < STUCK_BYTES:
-        attempt(store, big())
+        big()
     limit(home.store.stat().st_size + 100_000)
-    for _ in range(20):
-        attempt(store, big())
+    for _ in range(30):
+        big()
     limit(None)
-    attempt(store, big())
-    say("commits", store.commits)
+    big()
+    say("survivors", survivors.seen)
     store.close()
 
 
