@@ -8,7 +8,8 @@ A commit of DuckDB's costs 1 ms, whatever is in it, for parsing and planning; an
 fdatasync 0.2 (measured, DuckDB 2.0, two cores, 1.5 KB rows). So a submission is acknowledged once the journal
 has it, and the database gets many at once: some tenths of a second later, or at once where somebody reads, since
 readers see all that was acknowledged. Each transaction of the database says up to which record it got, so that
-opening after a crash applies what is missing, and nothing twice. Rows go as typed lists, one parameter per
+opening after a crash applies what is missing, and nothing twice. The journal's records are these rows as JSON:
+a migration that changes the rows' columns also has to take the records of before. Rows go as typed lists, one parameter per
 column, unnested by one statement: 2 ms for one row, 5 for 256, where a JSON parameter takes 6 and VALUES with
 2,560 parameters 24.
 
@@ -52,9 +53,7 @@ BATCH_BYTES = 4 << 20  # bounds a record of the journal and a transaction of the
 MAX_BYTES = 32 << 20  # of one submission: what DuckDB takes within its memory
 JOURNAL_BYTES = 16 << 20  # at which it begins anew, and its writer waits for the database: 0.3 s to apply
 IDLE_S = 2.0
-IDLE_BYTES = (
-    4 << 20
-)  # of journal or WAL, worth clearing while nobody waits; at 16 MB DuckDB clears its WAL itself
+IDLE_BYTES = 4 << 20  # of journal or WAL: worth clearing while nobody waits
 QUERY_S = 30.0
 _TABLES = "the tables are runs, waits, events, steps and checkpoints; `DESCRIBE runs` helps"
 
@@ -111,6 +110,7 @@ class DuckDBStore:
             undo.callback(self._journal.close)
             for number, payload in self._journal.left:
                 self._pending.append(_Record(number, len(payload), from_json(payload)))
+            self._journal.left.clear()
             self._committed = self._journal.number
             self._begin_anew()
             self._seq: int = self._rows_of("last_seq")[0][0]

@@ -51,7 +51,8 @@ class Ticket:
 class Store(Protocol):
     """Keeps everything. Thread-safe. Submissions become durable in the order in which they were made.
 
-    Where one can't be written, its future raises StoreFull or StoreError, and nothing of it is kept.
+    Where one can't be written, its future raises StoreFull or StoreError, and nothing of it is kept. Readers see
+    everything that was acknowledged before they asked, or raise StoreFull or StoreError.
     """
 
     def submit(self, changes: Changes) -> Ticket: ...

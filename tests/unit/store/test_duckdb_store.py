@@ -727,6 +727,26 @@ def test_an_older_store_is_copied_then_migrated(home: Home, monkeypatch: pytest.
         )
 
 
+def test_a_store_from_before_the_journal_is_taken_over(home: Home) -> None:
+    """Guarantee 3 over versions: a store of version 1 keeps its rows, and goes on with a journal."""
+    home.create()
+    first = all_migrations()[0]
+    with duckdb.connect(str(home.store)) as connection:
+        connection.execute(first.sql)
+        connection.execute(load()["insert_migration"], (first.version, first.name, "2026-11-22"))
+        connection.execute(
+            "INSERT INTO events VALUES (41, '2026-11-22', 'r', 1, 'k', NULL, 'old', '{}', NULL, NULL)"
+        )
+
+    store = DuckDBStore.open(home)
+    assert store.submit(Changes([event()])).seqs == (42,)
+    assert [found.sentence for found in store.events("r")] == ["old"]
+    store.close()
+    (copy,) = database.backups(home)
+    with duckdb.connect(str(copy), config={"access_mode": "READ_ONLY"}) as connection:
+        assert connection.execute("SELECT max(version) FROM migrations").fetchone() == (1,)
+
+
 def test_a_migration_that_fails_leaves_the_store_as_it_was(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
