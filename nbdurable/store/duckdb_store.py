@@ -8,10 +8,10 @@ A commit of DuckDB's costs 1 ms, whatever is in it, for parsing and planning; an
 fdatasync 0.2 (measured, DuckDB 2.0, two cores, 1.5 KB rows). So a submission is acknowledged once the journal
 has it, and the database gets many at once: some tenths of a second later, or at once where somebody reads, since
 readers see all that was acknowledged. Each transaction of the database says up to which record it got, so that
-opening after a crash applies what is missing, and nothing twice. The journal's records are these rows as JSON:
-a migration that changes the rows' columns also has to take the records of before. Rows go as typed lists, one parameter per
+opening after a crash applies what is missing, and nothing twice. Rows go as typed lists, one parameter per
 column, unnested by one statement: 2 ms for one row, 5 for 256, where a JSON parameter takes 6 and VALUES with
-2,560 parameters 24.
+2,560 parameters 24. The journal's records are these rows as JSON: a migration that changes the columns has to
+take the records of before as well.
 
 What the journal holds must fit into the database. So `submit` refuses what does not fit, and while the database
 takes nothing (a full disk), nothing more is acknowledged: each group and each reader tries again first.
