@@ -40,22 +40,25 @@ class Journal:
         self._header = _MAGIC + store.encode() + b"\n"
         self.number = applied
         self._handle = -1
-        data = path.read_bytes() if path.exists() else b""
-        records, self.size = self._records(data)
-        self.left = [record for record in records if record[0] > applied]
-        if self.left:
-            self.number = self.left[-1][0]
         try:
             self._handle = os.open(
                 path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600
             )
-            if len(data) < len(self._header):  # none, or one that a crash left while it was made
+            data = path.read_bytes()
+            records, self.size = self._records(data)
+            if len(data) < len(self._header):  # new, or left by a crash while it was made
                 os.ftruncate(self._handle, 0)
                 self._put(self._header)
-                _sync_folder(path.parent)
+            _sync_folder(path.parent)
         except OSError as error:
             self.close()
             raise self._explain(error) from error
+        except StoreDamaged:
+            self.close()
+            raise
+        self.left = [record for record in records if record[0] > applied]
+        if self.left:
+            self.number = self.left[-1][0]
 
     def append(self, payload: bytes) -> int:
         """Write a record and wait until it is on disk; return its number.
@@ -138,7 +141,7 @@ class Journal:
                 f"there is no space left to commit to {self._path}: {error.strerror}",
                 todo=f"free space on the disk of {self._path.parent} and repeat; what was acknowledged is kept",
             )
-        return StoreError(f"{self._path} can't be written: {error.strerror}")
+        return StoreError(f"{self._path} can't be read or written: {error.strerror}")
 
 
 def _sealed(number: int, payload: bytes) -> bytes:
