@@ -1,5 +1,8 @@
 -- What the store asks of DuckDB. A line `-- name: …` gives the statement below it its name.
 
+-- name: insert_event
+INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
 -- name: insert_events
 INSERT INTO events
 SELECT
