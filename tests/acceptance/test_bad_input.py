@@ -246,7 +246,7 @@ def test_a_headless_run_outlasts_a_store_without_space(own_project: Project) -> 
     own_project.home.mkdir(mode=0o700)
     (own_project.home / "settings.toml").write_text("lease_s = 2.0\n")
     flag = own_project.folder / "once"
-    place, log = own_project.home / "coordinator.json", own_project.home / "store.duckdb.wal"
+    place, log = own_project.home / "coordinator.json", own_project.home / "store.journal"
     own_project.notebook(
         "full.ipynb",
         "import json, os, resource",

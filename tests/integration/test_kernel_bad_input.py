@@ -79,7 +79,7 @@ def test_no_space_for_the_store(kernel: Kernel, home_of_kernel: Home) -> None:
     """Guarantees 2, 3: what was acknowledged is kept, what was not can be repeated as soon as there is space."""
     coordinator = psutil.Process(Coordinator(home_of_kernel).pid)
     assert "✓ small" in kernel.run("%%step small\nx = 1", "s").notes
-    log = home_of_kernel.root / "store.duckdb.wal"
+    log = home_of_kernel.root / "store.journal"
     coordinator.rlimit(psutil.RLIMIT_FSIZE, (log.stat().st_size, psutil.RLIM_INFINITY))
     try:
         said = refused(kernel.run("%%step late\ny = x + 1", "l"), "StoreFull")
