@@ -246,7 +246,10 @@ def test_cancel_kills_a_kernel_that_does_not_listen(
 def test_waiting_run_has_no_kernel_and_goes_on_when_answered(
     home: Home, coordinator: Coordinator, tmp_path: Path
 ) -> None:
-    """Guarantee 5: waiting, a headless run holds no kernel; the answer lets it go on behind the gate."""
+    """Guarantee 5: waiting, a headless run holds no kernel; the answer lets it go on behind the gate.
+
+    The coordinator dies before the answer, and again right after it acknowledged it.
+    """
     path = notebooks.write(
         tmp_path / "a.ipynb",
         [
@@ -264,8 +267,10 @@ def test_waiting_run_has_no_kernel_and_goes_on_when_answered(
     assert cells["cell-1"].metadata.nbdurable == {"step": "gate", "status": "waiting"}
     assert "error" not in [output.output_type for output in cells["cell-1"].outputs]
     [wait] = waiting.waits
+    coordinator.kill()
     answer = contract.AnswerWait(wait_id=wait.id, approved=True, by="test", nonce="n")
     coordinator.client.call(contract.ANSWER_WAIT, answer)
+    coordinator.kill()
     done = _wait(coordinator.client, run.id, RunStatus.COMPLETED)
     assert done.result == {"approved": True}
 
