@@ -156,7 +156,7 @@ def test_a_syntax_error_is_shown_as_the_users_own(project: Project) -> None:
     found = project.run("run", "syntax.ipynb")
     assert found.returncode == 1
     assert "line 3" in found.stdout
-    assert "SyntaxError: " in found.stdout
+    assert "Error: incomplete input" in found.stdout  # from Python 3.13 on of a kind below SyntaxError
     assert "1 of 2 steps are kept (kept)" in found.stdout
     assert "site-packages" not in found.stdout
 
