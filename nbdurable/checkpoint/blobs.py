@@ -11,8 +11,11 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 import secrets
 import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +27,9 @@ from nbdurable.telemetry import fault_point
 MAP_FROM_BYTES = 1 << 20  # below it, reading is cheaper than mapping
 _PARALLEL_FROM_BYTES = 4 << 20
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_SHELF = re.compile("[0-9a-f]{2}")
+_BLOB = re.compile("[0-9a-f]{64}")
+_DRAFT = re.compile(r"\.[0-9a-f.]{1,16}\.[0-9]+\.[0-9a-f]{8}")
 _RERUN = (
     "nothing was loaded from it. Put the file back, or run the step again "
     "(`%durable rerun NAME`; headless: a new run)"
@@ -34,6 +40,16 @@ def digest_of(data: bytes | bytearray | memoryview | mmap.mmap) -> str:
     """Return the hex BLAKE3 digest that names these bytes."""
     threads = blake3.AUTO if len(data) >= _PARALLEL_FROM_BYTES else 1
     return blake3(data, max_threads=threads).hexdigest()
+
+
+@dataclass(frozen=True)
+class BlobFile:
+    """A file of the blob folder: a blob, or the draft of one whose writer is busy or dead."""
+
+    digest: str  # "" for a draft
+    path: Path
+    size: int
+    renewed_at: float  # when somebody last wrote, found or committed it
 
 
 class BlobStore(Protocol):
@@ -50,6 +66,9 @@ class BlobStore(Protocol):
 
     def has(self, digest: str) -> bool:
         """Tell whether there is a blob of that name (its content is verified by `read`)."""
+
+    def renew(self, digests: Iterable[str]) -> None:
+        """Keep blobs, about to be committed, from being cleaned up for a while; raises BlobMissing."""
 
 
 class LocalBlobs:
@@ -129,9 +148,64 @@ class LocalBlobs:
         """Tell whether there is a blob of that name (its content is verified by `read`)."""
         return self.path(digest).is_file()
 
-    def _stands(self, digest: str, path: Path, size: int) -> bool:
-        """Tell whether the blob is in place already, and is what it should be."""
+    def renew(self, digests: Iterable[str]) -> None:
+        """Keep blobs, about to be committed, from being cleaned up for a while; raises BlobMissing.
+
+        `remove` spares what was renewed lately, so no clean-up comes between a commit and the older blobs that
+        it refers to.
+        """
+        for digest in digests:
+            path = self.path(digest)
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                raise BlobMissing(
+                    f"blob {digest} was removed before the step that needs it was committed ({path})",
+                    todo="nothing was committed: run the step again",
+                ) from None
+            except OSError as error:
+                raise _failure(error, path, 0) from error
+
+    def files(self) -> Iterator[BlobFile]:
+        """Yield every blob and draft in the folder; nothing else that may lie there."""
+        for folder in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            if not _SHELF.fullmatch(folder.name) or not folder.is_dir():
+                continue
+            for entry in os.scandir(folder):
+                is_blob = bool(_BLOB.fullmatch(entry.name))
+                if not is_blob and not _DRAFT.fullmatch(entry.name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # a draft has just become a blob
+                    found = entry.stat()
+                    yield BlobFile(
+                        entry.name if is_blob else "", Path(entry.path), found.st_size, found.st_mtime
+                    )
+
+    def remove(self, file: BlobFile, *, unless_renewed_since: float) -> bool:
+        """Unlink a file that nobody has renewed since then; return whether it is gone.
+
+        It is moved aside first: whoever finds it from then on writes it anew, and whoever found it just before
+        has renewed it, which shows now, and it is put back.
+        """
+        aside = file.path.with_name(f".{file.path.name[:16]}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
+            if file.path.stat().st_mtime >= unless_renewed_since:
+                return False
+            os.rename(file.path, aside)
+        except FileNotFoundError:
+            return False
+        if aside.stat().st_mtime >= unless_renewed_since:
+            os.replace(aside, file.path)
+            return False
+        aside.unlink()
+        with self._guard:
+            self._verified.discard(file.digest)
+        return True
+
+    def _stands(self, digest: str, path: Path, size: int) -> bool:
+        """Tell whether the blob is in place already, and is what it should be; it is renewed."""
+        try:
+            os.utime(path)
             if path.stat().st_size != size:
                 return False
         except FileNotFoundError:
@@ -140,11 +214,11 @@ class LocalBlobs:
             return True
         try:
             self.read(digest, size)
-        except (BlobDamaged, BlobMissing):
+            # whoever wrote it may have died before it was on disk
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except (BlobDamaged, BlobMissing, FileNotFoundError):
             return False
-        # whoever wrote it may have died before it was on disk
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
         return True
 
     def _write(self, path: Path, view: memoryview) -> None:

@@ -56,6 +56,10 @@ class Blob(Shape):
     size: int
     inline: str | None = None
 
+    def files(self) -> tuple[str, ...]:
+        """Return the digests of the files that hold these bytes; none where they are inside the manifest."""
+        return () if self.inline is not None else (self.digest,)
+
 
 class Group(Shape):
     """Variables that were pickled together because they share objects.
@@ -87,6 +91,10 @@ class Manifest(Shape):
     outputs: Blob | None = None  # JSON list of nbformat outputs
     resume_at: int | None = None  # top-level statement at which a waiting cell goes on
     wait_keys: tuple[str, ...] = ()
+
+    def files(self) -> set[str]:
+        """Return the digests of all files that this checkpoint needs."""
+        return {digest for blob in self.blobs() for digest in blob.files()}
 
     def blobs(self) -> tuple[Blob, ...]:
         """Return everything that this checkpoint needs."""
