@@ -277,6 +277,30 @@ def plan(
     print_plan(target, Screen(json=as_json))
 
 
+@app.command(epilog="Example: nbdurable diff 4fb29c1e 77d0a2be:clean")
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="A run, or a step of it as RUN:STEP.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another run or step.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two runs or steps: code, parameters, variables, outputs.
+
+    Values that differ are loaded from their signed checkpoints, in this process.
+    """
+    from nbdurable.checkpoint.compare import lines
+    from nbdurable.kernel.travel import difference
+    from nbdurable.security import load_key
+
+    client = connect()
+    found = difference(client, load_key(client.home), before, after, {"__name__": "__main__"})
+    screen = Screen(json=as_json)
+    if as_json:
+        screen.data(found)
+    else:
+        for line in lines(found):
+            screen.say(line)
+
+
 @app.command(epilog="Example: nbdurable logs -f 4fb29c1e")
 def logs(
     run: RunId,
