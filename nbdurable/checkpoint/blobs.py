@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import secrets
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -157,8 +158,11 @@ class LocalBlobs:
         for digest in digests:
             path = self.path(digest)
             try:
-                os.utime(path)
-            except FileNotFoundError:
+                try:
+                    os.utime(path)
+                except PermissionError:  # it is another user's: replaced by our own
+                    self._write(path, self.read(digest))
+            except (FileNotFoundError, BlobMissing):
                 raise BlobMissing(
                     f"blob {digest} was removed before the step that needs it was committed ({path})",
                     todo="nothing was committed: run the step again",
@@ -185,19 +189,26 @@ class LocalBlobs:
         """Unlink a file that nobody has renewed since then; return whether it is gone.
 
         It is moved aside first: whoever finds it from then on writes it anew, and whoever found it just before
-        has renewed it, which shows now, and it is put back.
+        has renewed it, which shows now, and it is put back. Raises CheckpointError where the folder can't be written.
         """
         aside = file.path.with_name(f".{file.path.name[:16]}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
             if file.path.stat().st_mtime >= unless_renewed_since:
                 return False
             os.rename(file.path, aside)
+            if aside.stat().st_mtime >= unless_renewed_since:
+                os.replace(aside, file.path)
+                return False
+            if os.name == "nt":  # where what is read-only can't be unlinked
+                aside.chmod(stat.S_IWRITE)
+            aside.unlink()
         except FileNotFoundError:
             return False
-        if aside.stat().st_mtime >= unless_renewed_since:
-            os.replace(aside, file.path)
-            return False
-        aside.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"a blob that is not needed can't be removed: {error}",
+                todo=f"make {file.path.parent} writable, then repeat it: the rest goes then",
+            ) from error
         with self._guard:
             self._verified.discard(file.digest)
         return True
@@ -208,7 +219,10 @@ class LocalBlobs:
             os.utime(path)
             if path.stat().st_size != size:
                 return False
-        except FileNotFoundError:
+        except (
+            FileNotFoundError,
+            PermissionError,
+        ):  # another user's is replaced, so that it counts as renewed
             return False
         if digest in self._verified:
             return True

@@ -41,7 +41,8 @@ def judge(runs: Iterable[Run], rules: Clean, now: float) -> list[Judgement]:
 def _judge(run: Run, rules: Clean, now: float, place: int) -> Judgement:
     """Judge one run, the `place`-th newest of its notebook."""
     if not run.status.is_final:
-        return Judgement(run, True, f"it is {run.status}: it may need everything")
+        how = ", until somebody cancels it" if run.status == "paused" else ""
+        return Judgement(run, True, f"it is {run.status}, and may go on{how}")
     age_s = max(0.0, now - (run.ended_at or run.updated_at))
     misses = [f"it {_ended(run)} {span(age_s)} ago"]
     if rules.keep_last is not None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from tests.tools.commands import Project
 
@@ -51,3 +55,28 @@ def test_a_clean_up_is_shown_first_and_then_removes_what_no_kept_run_needs(proje
     wrong = project.run("gc", "--keep-for", "soon")
     assert wrong.returncode == 2
     assert "'soon' is no duration" in wrong.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal of POSIX")
+def test_a_person_is_asked_after_the_list_and_before_anything_goes(project: Project) -> None:
+    """Guarantee 10: on a terminal, "no" removes nothing; --yes does not ask."""
+    project.notebook("asked.ipynb", CELL, parameters="n = 7")
+    json.loads(project.run("run", "asked.ipynb", "--json").stdout)
+    for path in blobs(project):
+        os.utime(path, (1.0, 1.0))
+    before = blobs(project)
+    words = [sys.executable, "-m", "nbdurable", "gc", "--keep-last", "0"]
+    ours, theirs = os.openpty()
+    try:
+        os.write(ours, b"n\n")
+        done = subprocess.run(
+            words, stdin=theirs, capture_output=True, text=True, env=project.environment, timeout=60
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.stdout.index("of asked.ipynb") < done.stdout.index("nothing was removed")
+    assert "Remove them?" in done.stderr
+    assert blobs(project) == before
+    assert "\nremoved " in project.run("gc", "--keep-last", "0", "--yes").stdout
+    assert len(blobs(project)) < len(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,75 @@ def test_paths_of_drafts_and_blobs_are_told_from_everything_else(tmp_path: Path)
     for name in ("readme", "ab" * 31, ".hidden", ".git.1.x"):
         (tmp_path / "ab" / name).write_text("mine")
     assert list(LocalBlobs(tmp_path).files()) == []
+
+
+def test_what_a_clean_up_could_not_finish_the_next_one_does(world: World, blobs: LocalBlobs) -> None:
+    """Guarantees 9, 10: the history is written first, so a crash in between leaves blobs that nothing refers to."""
+
+    async def story(engine: Engine) -> None:
+        run = await new_run(engine)
+        await commit(engine, run, "load", blobs, own=content("own"))
+        await end(engine, run)
+        age(blobs, world, seconds=0)
+        done = await engine.answer(contract.CLEAN, Clean(keep_last=0, dry_run=False))
+        assert (done.files, len(list(blobs.files()))) == (0, 1)
+        with pytest.raises(NotRestorable):
+            await engine.answer(contract.STATE, contract.ReadState(run_id=run.id))
+        age(blobs, world)
+        done = await engine.answer(contract.CLEAN, Clean(dry_run=False))
+        assert fates(done) == [("blobs", "remove", 100_000)]
+        assert not list(blobs.files())
+
+    world.play(story)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happened_before_every_kept_run_stays_whole_and_nothing_else_stays(
+    world: World, blobs: LocalBlobs, seed: int
+) -> None:
+    """Guarantee 10, over random histories of runs that share blobs: each state of a kept run can be read in full."""
+    chance = random.Random(seed)
+
+    async def readable(engine: Engine, runs: list[Run]) -> set[str]:
+        """Return the files of all states of these runs; each is verified."""
+        found = set()
+        for run in runs:
+            detail = await engine.answer(contract.GET_RUN, contract.ByRun(run_id=run.id))
+            for step in detail.steps:
+                state = await engine.answer(contract.STATE, contract.ReadState(run_id=run.id, step=step.name))
+                for checkpoint in state.checkpoints:
+                    for digest in Manifest.model_validate_json(checkpoint.manifest.text).files():
+                        assert blobs.read(digest)
+                        found.add(digest)
+        return found
+
+    async def story(engine: Engine) -> None:
+        kept: list[Run] = []
+        for _ in range(3):
+            for _ in range(4):
+                tags = ("paper",) if chance.random() < 0.3 else ()
+                run = await new_run(engine, f"/n{chance.randrange(2)}.ipynb", tags=tags)
+                for _ in range(chance.randrange(6)):
+                    values = {
+                        f"v{n}": content(chance.choice("abcdefgh"), 20_000)
+                        for n in range(chance.randrange(3))
+                    }
+                    await commit(engine, run, chance.choice("xyz"), blobs, **values)
+                if chance.random() < 0.7:
+                    await end(engine, run)
+                kept.append(run)
+                world.clock.at += DAY
+            rules = Clean(
+                keep_last=chance.choice([None, 1, 3]),
+                keep_for_s=chance.choice([None, 2 * DAY]),
+                keep_tagged=chance.random() < 0.5,
+            )
+            age(blobs, world)
+            shown = await engine.answer(contract.CLEAN, rules)
+            done = await engine.answer(contract.CLEAN, rules.model_copy(update={"dry_run": False}))
+            assert (done.files, done.bytes, done.fates) == (shown.files, shown.bytes, shown.fates)
+            gone = {fate.id for fate in done.fates if (fate.kind, fate.action) == ("run", "remove")}
+            kept = [run for run in kept if run.id not in gone]
+            assert await readable(engine, kept) == {file.digest for file in blobs.files()}
+
+    world.play(story)
