@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -43,7 +44,7 @@ def compare(before: Any, after: Any) -> Difference:
             return _polars(before, after)
     if numpy is not None and isinstance(before, numpy.ndarray) and isinstance(after, numpy.ndarray):
         return _arrays(before, after)
-    if type(before) is not type(after) and not _plain(before, after):
+    if not _alike(before, after):
         return {"kind": "type", "differences": [_differ("", before, after)]}
     found: list[Difference] = []
     looked = 0
@@ -269,7 +270,7 @@ def _walk(
     pair = (id(before), id(after))
     if before is after or pair in seen:
         return
-    if type(before) is not type(after) and not _plain(before, after):
+    if not _alike(before, after):
         yield _differ(path, before, after)
         return
     if _is_table(before):
@@ -321,13 +322,36 @@ def _is_table(value: Any) -> bool:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    found = getattr(value, "__dict__", None)
-    return found if isinstance(found, dict) and not isinstance(value, type) else None
+    """Return an object's attributes, or what makes out a function; None for what has none."""
+    if isinstance(value, type):
+        return None
+    if isinstance(value, types.FunctionType):
+        code = value.__code__
+        constants = [one for one in code.co_consts if not isinstance(one, types.CodeType)]
+        found = {"code": code.co_code, "names": code.co_names, "constants": constants}
+        return found | {"defaults": value.__defaults__}
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    own = getattr(value, "__dict__", None)
+    if isinstance(own, dict):
+        return found | own
+    return found or None
 
 
-def _plain(before: Any, after: Any) -> bool:
-    """Tell whether both are numbers, which may change their type."""
-    return isinstance(before, int | float) and isinstance(after, int | float)
+def _slots(kind: type) -> Sequence[str]:
+    found = kind.__dict__.get("__slots__", ())
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _alike(before: Any, after: Any) -> bool:
+    """Tell whether values are of one type, or of numbers' types; each side may have a copy of a notebook's class."""
+    if isinstance(before, int | float) and isinstance(after, int | float):
+        return True
+    return type(before) is type(after) or _name(type(before)) == _name(type(after))
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def _equal(before: Any, after: Any) -> bool:
@@ -335,6 +359,8 @@ def _equal(before: Any, after: Any) -> bool:
         return True
     if _is_table(before) or _is_table(after):
         return type(before) is type(after) and not sentences(compare(before, after))
+    if isinstance(before, type) and isinstance(after, type):
+        return _name(before) == _name(after)
     try:
         return bool(before == after)
     except Exception:

@@ -117,6 +117,29 @@ def test_what_is_told_is_bounded_also_for_cyclic_and_very_large_structures() -> 
     assert (len(found["differences"]), found["more"]) == (PATHS, True)
 
 
+def test_each_side_may_have_its_own_copy_of_a_notebooks_classes() -> None:
+    """Guarantee 7: values are told apart by what they hold, not by which load made their class."""
+    source = (
+        "import enum, dataclasses\n"
+        "class Net: pass\n"
+        "@dataclasses.dataclass\nclass Row:\n    n: int\n"
+        "class Slots:\n    __slots__ = ('a',)\n"
+        "class Colour(enum.Enum):\n    RED = 1\n"
+        "def made(n):\n    slots = Slots()\n    slots.a = n\n    net = Net()\n    net.layers = [n]\n"
+        "    return [Row(n), slots, net, Colour.RED, Net, lambda: 1]\n"
+    )
+    sides: list[dict[str, Any]] = [{"__name__": "__main__"}, {"__name__": "__main__"}]
+    for side in sides:
+        exec(source, side)
+    assert lines(sides[0]["made"](1), sides[1]["made"](1)) == []
+    assert lines(sides[0]["made"](1), sides[1]["made"](2)) == [
+        "[0].n: 1 → 2",
+        "[1].a: 1 → 2",
+        "[2].layers[0]: 1 → 2",
+    ]
+    assert lines([lambda: 1], [lambda: 2])
+
+
 class Hostile:
     def __eq__(self, other: object) -> bool:
         raise RuntimeError("no")
