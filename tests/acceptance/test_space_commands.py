@@ -50,6 +50,7 @@ def test_a_clean_up_is_shown_first_and_then_removes_what_no_kept_run_needs(proje
     assert (done["files"], len(blobs(project))) == (1, count - 1)
     assert "removed by a clean-up" in project.run("show", runs[0]).stdout
     assert project.json("show", runs[1])["steps"][0]["removed"] == ""
+    assert "can't be resumed: 1 checkpoint removed" in project.run("plan", runs[0]).stderr
     assert "nothing to remove" in project.run("gc", "--keep-last", "1").stdout
 
     wrong = project.run("gc", "--keep-for", "soon")
