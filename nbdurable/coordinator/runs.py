@@ -5,6 +5,7 @@ Knows nothing of how a run is driven beyond its row.
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import os
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,7 @@ from nbdurable.models import (
 )
 
 KEY_LIFE_S = 30 * 86_400.0  # how long an idempotency key returns the first run
+GATHER_S = 0.1  # a follower gets what happens within it at once: reading each event singly slows the run down
 _ALL = 1_000_000_000
 
 
@@ -110,6 +112,8 @@ class Runs:
     async def read_events(self, wanted: contract.ReadEvents) -> contract.Events:
         run = await self._core.current(wanted.run_id)
         deadline = hold_deadline(wanted.hold_s)
+        if wanted.hold_s and run.id in self._core.runs:
+            await asyncio.sleep(min(GATHER_S, wanted.hold_s))
         while True:
             live = self._core.runs.get(run.id)
             changed = live.changed.next() if live is not None else None
