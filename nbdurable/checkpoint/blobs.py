@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import mmap
 import os
 import secrets
 import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from blake3 import blake3
 
+from nbdurable.checkpoint.mapped import WrongSize, map_files
 from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, StoreFull
 from nbdurable.telemetry import fault_point
 
 MAP_FROM_BYTES = 1 << 20  # below it, reading is cheaper than mapping
 _PARALLEL_FROM_BYTES = 4 << 20
+_WRITERS = 6  # threads that write the chunks of one value: an fsync waits, it does not compute
+_SIP_BYTES = 1 << 20  # how much is read at a time where bytes are only verified
+_log = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _RERUN = (
     "nothing was loaded from it. Put the file back, or run the step again "
@@ -42,8 +50,18 @@ class BlobStore(Protocol):
     def put(self, data: bytes | memoryview) -> str:
         """Keep bytes, return their digest. They are durable after the next `sync`. Raises StoreFull."""
 
+    def put_all(self, parts: Sequence[memoryview]) -> list[str]:
+        """Keep several pieces of bytes, as `put` does."""
+
     def sync(self) -> None:
-        """Make everything put so far durable."""
+        """Make everything put so far durable; raises BlobDamaged where what was mapped is not what was written."""
+
+    def map(self, parts: Sequence[tuple[str, int]], needed_by: str) -> memoryview:
+        """Return blobs, given as (digest, size), one behind the other; writable without effect on them.
+
+        Only for bytes that are never unpickled. Sizes are verified at once, digests by the next `sync` at
+        the latest. Raises BlobMissing, BlobDamaged.
+        """
 
     def read(self, digest: str, size: int | None = None) -> memoryview:
         """Return the verified bytes, writable without effect on the blob; raises BlobMissing, BlobDamaged."""
@@ -52,11 +70,28 @@ class BlobStore(Protocol):
         """Tell whether there is a blob of that name (its content is verified by `read`)."""
 
 
+class _Mapped(NamedTuple):
+    """A mapped blob whose digest is not verified yet; `memory` gives what it was mapped into, while that lives."""
+
+    digest: str
+    size: int
+    needed_by: str
+    memory: Callable[[], Any]
+
+
 class LocalBlobs:
-    """Blobs in a folder of this machine. Thread-safe; several processes may write to one folder."""
+    """Blobs in a folder of this machine. Thread-safe; several processes may write to one folder.
+
+    What `map` hands out is verified by a thread behind the notebook's back. It logs damage when it finds it,
+    and as long as damaged memory is in use, `sync` (and so every commit) is refused: nothing that was
+    computed from damaged bytes is ever committed.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._pending: list[_Mapped] = []
+        self._damaged: list[tuple[_Mapped, BlobDamaged]] = []
+        self._checker: threading.Thread | None = None
         self._verified: set[str] = set()
         self._unsynced: set[Path] = set()
         self._guard = threading.Lock()
@@ -81,8 +116,19 @@ class LocalBlobs:
         fault_point("blob-written")
         return digest
 
+    def put_all(self, parts: Sequence[memoryview]) -> list[str]:
+        """Keep several pieces of bytes, as `put` does, several at a time."""
+        if len(parts) < 2:
+            return [self.put(part) for part in parts]
+        with ThreadPoolExecutor(min(_WRITERS, len(parts)), "nbdurable-blobs") as writers:
+            return list(writers.map(self.put, parts))
+
     def sync(self) -> None:
-        """Make everything put so far durable: fsync of the folders that were touched."""
+        """Make everything put so far durable: fsync of the folders that were touched.
+
+        Waits until all that was mapped is verified; raises BlobDamaged while damaged memory is in use.
+        """
+        self._settle()
         with self._guard:
             folders, self._unsynced = self._unsynced, set()
         if os.name == "nt":  # folders can't be opened there; a rename is durable by itself
@@ -117,13 +163,96 @@ class LocalBlobs:
             raise BlobMissing(f"blob {digest} is missing ({path})", todo=_RERUN) from None
         except OSError as error:
             raise CheckpointError(f"blob {digest} can't be read: {error} ({path})", todo=_RERUN) from error
-        if digest_of(data) != digest:
-            with self._guard:
-                self._verified.discard(digest)
-            raise BlobDamaged(
-                f"blob {digest} is not what was written: its digest differs ({path})", todo=_RERUN
-            )
+        self._compare(digest, digest_of(data))
         return memoryview(data)
+
+    def _compare(self, digest: str, found: str) -> None:
+        if digest == found:
+            return
+        with self._guard:
+            self._verified.discard(digest)
+        raise BlobDamaged(
+            f"blob {digest} is not what was written: its digest differs ({self.path(digest)})", todo=_RERUN
+        )
+
+    def _check_mapped(self) -> None:
+        """Verify what was mapped, until nothing is left."""
+        while True:
+            with self._guard:
+                if not self._pending:
+                    self._checker = None
+                    return
+                mapped = self._pending.pop(0)
+            try:
+                found = self._digest_in_place(mapped.digest)
+            except OSError:  # unlinked meanwhile: nobody can restore from it, or verify it, any more
+                continue
+            if found == mapped.digest:
+                with self._guard:
+                    self._verified.add(found)
+                continue
+            error = BlobDamaged(
+                f"blob {mapped.digest} is not what was written: its digest differs "
+                f"({self.path(mapped.digest)}); {mapped.needed_by}, which holds damaged data now",
+                todo="nothing is committed while it does: restart the kernel, or make the variable again "
+                "(`%durable rerun NAME`)",
+            )
+            with self._guard:
+                self._verified.discard(mapped.digest)
+                self._damaged.append((mapped, error))
+            _log.error("%s", error)
+
+    def _digest_in_place(self, digest: str) -> str:
+        """Return the digest of a blob's file, reading it piece by piece: no memory is taken for it."""
+        hasher = blake3()
+        sip = memoryview(bytearray(_SIP_BYTES))
+        with self.path(digest).open("rb", buffering=0) as file:
+            while got := file.readinto(sip):
+                hasher.update(sip[:got])
+        return hasher.hexdigest()
+
+    def _settle(self) -> None:
+        """Wait until what was mapped is verified; raise the damage of memory that is in use."""
+        while (checker := self._checker) is not None:
+            checker.join()
+        with self._guard:
+            self._damaged = [item for item in self._damaged if item[0].memory() is not None]
+            if self._damaged:
+                raise self._damaged[0][1]
+
+    def map(self, parts: Sequence[tuple[str, int]], needed_by: str) -> memoryview:
+        """Return blobs, given as (digest, size), one behind the other; writable without effect on them.
+
+        Only for bytes that are never unpickled. Sizes are verified at once, digests behind the notebook's
+        back, by the next `sync` at the latest. Raises BlobMissing, BlobDamaged.
+        """
+        try:
+            view = map_files([(self.path(digest), size) for digest, size in parts])
+        except WrongSize as error:
+            name = error.path.name
+            raise BlobDamaged(
+                f"blob {name} has {error.found} bytes instead of {error.expected} ({error.path})", todo=_RERUN
+            ) from error
+        except FileNotFoundError as error:
+            path = Path(error.filename)
+            raise BlobMissing(f"blob {path.name} is missing ({path})", todo=_RERUN) from None
+        except OSError as error:
+            raise CheckpointError(f"blobs can't be mapped: {error} ({self.root})", todo=_RERUN) from error
+        if not isinstance(view.obj, mmap.mmap):  # it was read, where nothing can be mapped
+            place = 0
+            for digest, size in parts:
+                self._compare(digest, digest_of(view[place : place + size]))
+                place += size
+            return view
+        memory = weakref.ref(view.obj)
+        with self._guard:
+            self._pending += [_Mapped(digest, size, needed_by, memory) for digest, size in parts]
+            if self._checker is None:
+                self._checker = threading.Thread(
+                    target=self._check_mapped, name="nbdurable-verify", daemon=True
+                )
+                self._checker.start()
+        return view
 
     def has(self, digest: str) -> bool:
         """Tell whether there is a blob of that name (its content is verified by `read`)."""

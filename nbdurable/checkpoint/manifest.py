@@ -13,13 +13,15 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from nbdurable.checkpoint.blobs import BlobStore, digest_of
+from nbdurable.checkpoint.blobs import MAP_FROM_BYTES, BlobStore, digest_of
 from nbdurable.errors import BlobDamaged, CheckpointError
 from nbdurable.models import Shape, SignedManifest, Variable
 from nbdurable.security import sign, verify
 
 FORMAT = 1
 INLINE_BYTES = 16 << 10  # at most; larger contents are files
+BUFFER_CHUNK = 16 << 20  # of data: one changed column of a frame, or part of an array, is written alone
+STREAM_CHUNK = 256 << 10  # of pickles: what is appended to a list leaves the chunks before it as they were
 
 
 class InputFact(Shape):
@@ -50,11 +52,27 @@ class CodeFacts(Shape):
 
 
 class Blob(Shape):
-    """Bytes of a checkpoint: a file of the blob store, or base64 inside the manifest."""
+    """Bytes of a checkpoint: a file of the blob store, several of them, or base64 inside the manifest.
+
+    `digest` names the content; that of several files is the digest of theirs. Use `files` to know which
+    blobs of the store it needs.
+    """
 
     digest: str
     size: int
     inline: str | None = None
+    chunk: int = 0  # size in bytes of each chunk but the last
+    chunks: tuple[str, ...] = ()  # their digests, where there are several
+
+    def files(self) -> tuple[tuple[str, int], ...]:
+        """Return (digest, size in bytes) of the blobs of the store that hold it, in order."""
+        if self.inline is not None:
+            return ()
+        if not self.chunks:
+            return ((self.digest, self.size),)
+        last = self.size - self.chunk * (len(self.chunks) - 1)
+        sizes = [self.chunk] * (len(self.chunks) - 1) + [last]
+        return tuple(zip(self.chunks, sizes, strict=True))
 
 
 class Group(Shape):
@@ -94,24 +112,41 @@ class Manifest(Shape):
         return grouped + tuple(blob for blob in (self.random, self.outputs) if blob is not None)
 
 
-def put_blob(data: bytes | memoryview, blobs: BlobStore) -> Blob:
-    """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`)."""
+def put_blob(data: bytes | memoryview, blobs: BlobStore, chunk: int = STREAM_CHUNK) -> Blob:
+    """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`).
+
+    More than `chunk` bytes become several files, of which those that stand already are not written again.
+    """
     view = memoryview(data).cast("B")
     if len(view) <= INLINE_BYTES:
         return Blob(digest=digest_of(view), size=len(view), inline=base64.b64encode(view).decode())
-    return Blob(digest=blobs.put(view), size=len(view))
+    digests = blobs.put_all([view[start : start + chunk] for start in range(0, len(view), chunk)])
+    if len(digests) == 1:
+        return Blob(digest=digests[0], size=len(view))
+    whole = digest_of("".join(digests).encode())
+    return Blob(digest=whole, size=len(view), chunk=chunk, chunks=tuple(digests))
 
 
 def read_blob(blob: Blob, blobs: BlobStore) -> memoryview:
     """Return a manifest's bytes, verified; raises BlobMissing, BlobDamaged."""
-    if blob.inline is None:
-        return blobs.read(blob.digest, blob.size)
-    data = bytearray(base64.b64decode(blob.inline))
-    if len(data) != blob.size or digest_of(data) != blob.digest:
-        raise BlobDamaged(
-            f"the inlined blob {blob.digest} is not what was written", todo="run the step again"
-        )
-    return memoryview(data)
+    if blob.inline is not None:
+        data = bytearray(base64.b64decode(blob.inline))
+        if len(data) != blob.size or digest_of(data) != blob.digest:
+            raise BlobDamaged(
+                f"the inlined blob {blob.digest} is not what was written", todo="run the step again"
+            )
+        return memoryview(data)
+    files = blob.files()
+    if len(files) == 1:
+        return blobs.read(*files[0])
+    return memoryview(bytearray().join(blobs.read(*file) for file in files))
+
+
+def map_blob(blob: Blob, blobs: BlobStore, needed_by: str) -> memoryview:
+    """Return a manifest's bytes that are never unpickled: large ones mapped, and verified later (`BlobStore.map`)."""
+    if blob.size < MAP_FROM_BYTES:
+        return read_blob(blob, blobs)
+    return blobs.map(blob.files(), needed_by)
 
 
 def seal(manifest: Manifest, key: bytes) -> SignedManifest:

@@ -35,7 +35,7 @@ from nbdurable.checkpoint.fingerprint import (
     memory_owner,
     reach,
 )
-from nbdurable.checkpoint.manifest import Blob, Group, put_blob
+from nbdurable.checkpoint.manifest import BUFFER_CHUNK, Blob, Group, put_blob
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     LruCacheWrapper,
@@ -95,7 +95,7 @@ def save(
             Group(
                 names=pack.names,
                 stream=put_blob(pack.stream, blobs),
-                buffers=tuple(put_blob(buffer, blobs) for buffer in pack.buffers),
+                buffers=tuple(put_blob(buffer, blobs, BUFFER_CHUNK) for buffer in pack.buffers),
             )
         )
         for name in pack.names:
