@@ -560,9 +560,11 @@ class Walk:
         else:
             return NotImplemented
         self._emit(b"ar", type(value).__qualname__.encode())
-        if self.hashing:
-            with arrow.ipc.new_stream(arrow.PythonFile(_Sink(self), mode="w"), table.schema) as stream:
-                stream.write_table(table.combine_chunks())
+        self._emit(b"as", bytes(table.schema.serialize()))
+        for column in table.columns if self.hashing else ():
+            whole = arrow.table({"": _compact(column, arrow)})
+            with arrow.ipc.new_stream(arrow.PythonFile(_Sink(self), mode="w"), whole.schema) as stream:
+                stream.write_table(whole)
         return None
 
     def _polars(self, value: Any, polars: Any) -> Any:
@@ -577,6 +579,38 @@ class Walk:
         # codes of categories depend on what the process saw before
         frame = frame.with_columns(polars.col(polars.Categorical).cast(polars.String))
         return self._arrow(frame.to_arrow(), sys.modules["pyarrow"])
+
+
+def _compact(column: Any, arrow: Any) -> Any:
+    """Return an Arrow column as one array without anything in its buffers but its own values.
+
+    Arrow writes what stands in the buffers beyond a slice as well, up to the next eight bytes.
+    """
+    kinds = arrow.types
+    if kinds.is_string_view(column.type) or kinds.is_binary_view(column.type):
+        column = column.cast(
+            arrow.large_string() if kinds.is_string_view(column.type) else arrow.large_binary()
+        )
+    if column.num_chunks == 1 and _fills_its_buffers(column.chunk(0), kinds):
+        return column
+    empty = column.chunk(0).slice(0, 0) if column.num_chunks else arrow.array([], column.type)
+    try:
+        return arrow.concat_arrays([*column.chunks, empty])
+    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError):  # offsets of 32 bits would overflow
+        return column.combine_chunks()
+
+
+def _fills_its_buffers(array: Any, kinds: Any) -> bool:
+    kind = array.type
+    if kinds.is_string(kind) or kinds.is_binary(kind):
+        beyond = 4  # there is one offset more than there are values
+    elif kinds.is_large_string(kind) or kinds.is_large_binary(kind):
+        beyond = 8
+    elif kinds.is_primitive(kind) and not kinds.is_boolean(kind):
+        beyond = 0
+    else:
+        return False
+    return not array.offset and array.get_total_buffer_size() == array.nbytes + beyond
 
 
 class _Sink:

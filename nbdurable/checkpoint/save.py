@@ -363,6 +363,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._array(obj)
         if package == "pyarrow" and isinstance(obj, sys.modules["pyarrow"].Array):
             return _trimmed(obj)
+        if package == "polars" and (reduced := _through_arrow(obj)) is not None:
+            return reduced
         return super().reducer_override(obj)
 
     def _live(self, obj: Any) -> Any:
@@ -531,3 +533,29 @@ def _trimmed(array: Any) -> Any:
         stream.write_batch(batch)
     compact = arrow.ipc.open_stream(sink.getvalue()).read_next_batch().column(0)
     return compact.__reduce__()
+
+
+_ARROW_HOLDS = frozenset(
+    "Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float32 Float64 Boolean String Binary "  # noqa: SIM905
+    "Date Time Datetime Duration".split()
+)
+
+
+def _through_arrow(value: Any) -> Any:
+    """Reduce a large polars frame or series to an Arrow table, whose buffers are its own memory.
+
+    None where polars' own pickle, which copies all into one stream, must do: columns that Arrow can't hold
+    without a change.
+    """
+    polars = sys.modules["polars"]
+    if type(value) is polars.DataFrame:
+        frame, make = value, rebuild.polars_frame
+    elif type(value) is polars.Series:
+        frame, make = value.to_frame(), rebuild.polars_series
+    else:
+        return None
+    if frame.estimated_size() < OUT_OF_BAND_BYTES:
+        return None
+    if not {dtype.base_type().__name__ for dtype in frame.dtypes} <= _ARROW_HOLDS:
+        return None
+    return make, (frame.to_arrow(compat_level=polars.CompatLevel.newest()),)

@@ -265,3 +265,31 @@ def test_the_rest_of_a_partly_closed_value_still_counts(tmp_path: Path) -> None:
 def test_only_what_cannot_change_is_remembered(value: Any, expected: bool) -> None:
     """A remembered fingerprint must stay true."""
     assert immutable(value) is expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        "pa.array([f'text {i}' for i in range(100)])",
+        "pa.array([f'text {i}' for i in range(100)], pa.large_string())",
+        "pa.array([f'a long text {i}' for i in range(100)], pa.string_view())",
+        "pa.array([i % 3 == 0 for i in range(100)])",
+        "pa.array([None if i % 7 == 0 else i for i in range(100)], pa.int16())",
+        "pa.array([[i] * (i % 3) for i in range(100)])",
+        "pa.array([{'a': str(i)} for i in range(100)])",
+        "pa.array([str(i % 4) for i in range(100)]).dictionary_encode()",
+    ],
+)
+@pytest.mark.parametrize("part", [(0, 97), (5, 95), (3, 40), (16, 0)])
+def test_arrow_counts_by_its_values(make: str, part: tuple[int, int]) -> None:
+    """Guarantee 7: a slice is what its values are, whatever stands beside them in memory."""
+    import pyarrow as pa
+
+    whole = eval(make, {"pa": pa})
+    sliced = whole.slice(*part)
+    assert fingerprint(sliced) == fingerprint(pa.concat_arrays([sliced, sliced.slice(0, 0)]))
+    chunked = pa.chunked_array([sliced.slice(0, 2), sliced.slice(2)], whole.type)
+    assert fingerprint(chunked) == fingerprint(pa.chunked_array([sliced]))
+    assert fingerprint(sliced) != fingerprint(whole)
+    if not isinstance(whole, pa.DictionaryArray):
+        assert fingerprint(sliced) == fingerprint(pa.array(sliced.to_pylist(), whole.type))
