@@ -16,7 +16,8 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +29,7 @@ from nbdurable.telemetry import fault_point
 
 MAP_FROM_BYTES = 1 << 20  # below it, reading is cheaper than mapping
 _PARALLEL_FROM_BYTES = 4 << 20
-_WRITERS = 6  # threads that write the chunks of one value: an fsync waits, it does not compute
+_WRITERS = 6  # threads that write: an fsync waits, it does not compute
 _SIP_BYTES = 1 << 20  # how much is read at a time where bytes are only verified
 _log = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -102,8 +103,35 @@ class LocalBlobs:
 
     def put(self, data: bytes | memoryview) -> str:
         """Keep bytes, return their digest. They are durable after the next `sync`. Raises StoreFull."""
-        view = memoryview(data).cast("B")
-        digest = digest_of(view)
+        return self.put_all([memoryview(data).cast("B")])[0]
+
+    def put_all(self, parts: Sequence[memoryview]) -> list[str]:
+        """Keep several pieces of bytes, as `put` does: the next is hashed while others are written."""
+        digests: list[str] = []
+        writes: dict[str, Future[None]] = {}
+        with ExitStack() as ending:
+            writers: ThreadPoolExecutor | None = None
+            for part in parts:
+                digests.append(digest := digest_of(part))
+                if digest in writes or self._is_known(digest, len(part)):
+                    continue
+                if len(parts) == 1:
+                    self._keep(digest, part)
+                else:
+                    writers = writers or ending.enter_context(ThreadPoolExecutor(_WRITERS, "nbdurable-blobs"))
+                    writes[digest] = writers.submit(self._keep, digest, part)
+        for write in writes.values():
+            write.result()
+        return digests
+
+    def _is_known(self, digest: str, size: int) -> bool:
+        """Tell whether this process wrote or verified the blob before, and nobody removed or cut it since."""
+        try:
+            return digest in self._verified and self.path(digest).stat().st_size == size
+        except OSError:
+            return False
+
+    def _keep(self, digest: str, view: memoryview) -> None:
         path = self.path(digest)
         try:
             if not self._stands(digest, path, len(view)):
@@ -114,14 +142,6 @@ class LocalBlobs:
             self._verified.add(digest)
             self._unsynced.update((path.parent, self.root))
         fault_point("blob-written")
-        return digest
-
-    def put_all(self, parts: Sequence[memoryview]) -> list[str]:
-        """Keep several pieces of bytes, as `put` does, several at a time."""
-        if len(parts) < 2:
-            return [self.put(part) for part in parts]
-        with ThreadPoolExecutor(min(_WRITERS, len(parts)), "nbdurable-blobs") as writers:
-            return list(writers.map(self.put, parts))
 
     def sync(self) -> None:
         """Make everything put so far durable: fsync of the folders that were touched.
@@ -259,14 +279,9 @@ class LocalBlobs:
         return self.path(digest).is_file()
 
     def _stands(self, digest: str, path: Path, size: int) -> bool:
-        """Tell whether the blob is in place already, and is what it should be."""
-        try:
-            if path.stat().st_size != size:
-                return False
-        except FileNotFoundError:
+        """Tell whether another process has put the blob in place, and it is what it should be."""
+        if not path.exists():
             return False
-        if digest in self._verified:
-            return True
         try:
             self.read(digest, size)
         except (BlobDamaged, BlobMissing):

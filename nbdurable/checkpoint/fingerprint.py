@@ -576,6 +576,8 @@ class Walk:
             frame = value.to_frame()
         else:
             return NotImplemented
+        if not self.hashing:
+            return None
         # codes of categories depend on what the process saw before
         frame = frame.with_columns(polars.col(polars.Categorical).cast(polars.String))
         return self._arrow(frame.to_arrow(), sys.modules["pyarrow"])

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
+from itertools import islice
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -112,19 +114,37 @@ class Manifest(Shape):
         return grouped + tuple(blob for blob in (self.random, self.outputs) if blob is not None)
 
 
-def put_blob(data: bytes | memoryview, blobs: BlobStore, chunk: int = STREAM_CHUNK) -> Blob:
-    """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`).
+def put_blob(data: bytes | memoryview, blobs: BlobStore) -> Blob:
+    """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`)."""
+    return put_blobs([(data, STREAM_CHUNK)], blobs)[0]
 
-    More than `chunk` bytes become several files, of which those that stand already are not written again.
+
+def put_blobs(contents: Sequence[tuple[bytes | memoryview, int]], blobs: BlobStore) -> list[Blob]:
+    """Keep contents, given with the size in bytes of their chunks, as `put_blob` does, all at once.
+
+    More than a chunk becomes several files, of which those that stand already are not written again.
     """
-    view = memoryview(data).cast("B")
-    if len(view) <= INLINE_BYTES:
-        return Blob(digest=digest_of(view), size=len(view), inline=base64.b64encode(view).decode())
-    digests = blobs.put_all([view[start : start + chunk] for start in range(0, len(view), chunk)])
-    if len(digests) == 1:
-        return Blob(digest=digests[0], size=len(view))
-    whole = digest_of("".join(digests).encode())
-    return Blob(digest=whole, size=len(view), chunk=chunk, chunks=tuple(digests))
+    views = [(memoryview(data).cast("B"), chunk) for data, chunk in contents]
+    pieces = [
+        view[start : start + chunk]
+        for view, chunk in views
+        if len(view) > INLINE_BYTES
+        for start in range(0, len(view), chunk)
+    ]
+    digests = iter(blobs.put_all(pieces))
+    kept = []
+    for view, chunk in views:
+        if len(view) <= INLINE_BYTES:
+            inline = base64.b64encode(view).decode()
+            kept.append(Blob(digest=digest_of(view), size=len(view), inline=inline))
+            continue
+        own = tuple(islice(digests, -(-len(view) // chunk)))
+        if len(own) == 1:
+            kept.append(Blob(digest=own[0], size=len(view)))
+        else:
+            whole = digest_of("".join(own).encode())
+            kept.append(Blob(digest=whole, size=len(view), chunk=chunk, chunks=own))
+    return kept
 
 
 def read_blob(blob: Blob, blobs: BlobStore) -> memoryview:

@@ -7,6 +7,7 @@ commits the manifest.
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import functools
 import io
@@ -20,6 +21,7 @@ import weakref
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import cloudpickle
@@ -35,7 +37,7 @@ from nbdurable.checkpoint.fingerprint import (
     memory_owner,
     reach,
 )
-from nbdurable.checkpoint.manifest import BUFFER_CHUNK, Blob, Group, put_blob
+from nbdurable.checkpoint.manifest import BUFFER_CHUNK, STREAM_CHUNK, Blob, Group, put_blob, put_blobs
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     LruCacheWrapper,
@@ -89,15 +91,15 @@ def save(
         warnings.simplefilter("ignore")
         job = _Job(namespace, names, fingerprints or {}, verify)
         packs = job.packs()
+    contents: list[tuple[bytes | memoryview, int]] = []
+    for pack in packs:
+        contents.append((pack.stream, STREAM_CHUNK))
+        contents += [(buffer, BUFFER_CHUNK) for buffer in pack.buffers]
+    kept = iter(put_blobs(contents, blobs))
     groups, variables, digests = [], list(job.refused.values()), {}
     for pack in packs:
-        groups.append(
-            Group(
-                names=pack.names,
-                stream=put_blob(pack.stream, blobs),
-                buffers=tuple(put_blob(buffer, blobs, BUFFER_CHUNK) for buffer in pack.buffers),
-            )
-        )
+        stream, buffers = next(kept), tuple(islice(kept, len(pack.buffers)))
+        groups.append(Group(names=pack.names, stream=stream, buffers=buffers))
         for name in pack.names:
             kind, shape, preview = describe(namespace[name])
             variables.append(
@@ -363,6 +365,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._array(obj)
         if package == "pyarrow" and isinstance(obj, sys.modules["pyarrow"].Array):
             return _trimmed(obj)
+        if package == "pandas" and type(getattr(obj, "_pa_array", None)).__module__ == "pyarrow.lib":
+            return _uncombined(obj)
         if package == "polars" and (reduced := _through_arrow(obj)) is not None:
             return reduced
         return super().reducer_override(obj)
@@ -533,6 +537,17 @@ def _trimmed(array: Any) -> Any:
         stream.write_batch(batch)
     compact = arrow.ipc.open_stream(sink.getvalue()).read_next_batch().column(0)
     return compact.__reduce__()
+
+
+def _uncombined(array: Any) -> Any:
+    """Reduce a pandas column on Arrow as pandas does, without the copy of its memory that it makes for that."""
+    getstate = getattr(type(array).__getstate__, "__module__", None)
+    if array._pa_array.num_chunks != 1 or getstate != "pandas.core.arrays.arrow.array":
+        return NotImplemented
+    state = {**array.__dict__, "_pa_array": array._pa_array.chunk(0)}
+    if "_cache" in state:
+        state["_cache"] = {}
+    return copyreg.__newobj__, (type(array),), state  # type: ignore[attr-defined]
 
 
 _ARROW_HOLDS = frozenset(
