@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from marshal import dumps
 from pickle import PickleBuffer
 from typing import Any
@@ -42,6 +43,11 @@ MAX_DEPTH = 10_000  # pickle gives up long before
 MAX_OBJECTS = 100_000_000
 MAX_OPAQUE = 16  # parts of one value that may be unfingerprintable before the whole value is
 _MARSHAL = 2  # the last version without references to earlier objects: bytes depend on content alone
+_PLAIN = ATOMS | {list, dict, tuple}
+_PLAIN_LEVELS = (
+    64  # bounds the work where a deep or cyclic value turns out not to be plain; marshal nests deeper
+)
+_BATCH = 4096  # items whose bytes are held in memory at a time
 _FLUSH_BYTES = 1 << 16
 _PARALLEL_FROM_BYTES = 4 << 20
 # What Python, `typing`, `abc`, `enum` and pydantic derive from a class's body, or cache in it
@@ -261,12 +267,63 @@ class Walk:
         if set(map(type, value)) <= ATOMS:
             self._emit(tag + b"a", dumps(value, _MARSHAL) if self.hashing else b"")
             return None
+        if type(value) is list and self._plain(value):
+            return None
         self._emit(tag, len(value).to_bytes(8, "little"))
         return iter(enumerate(value))
+
+    def _plain(self, root: list[Any] | dict[Any, Any]) -> bool:
+        """Hash a tree of lists, dicts and atoms at once, level by level; return False if it is no such tree.
+
+        A tree: no list or dict in it is reached twice, or was reached before. So its bytes alone say what it
+        is, and `marshal`, which writes nothing but these exact types here, makes them fast.
+        """
+        level: list[Any] = [root]
+        found: dict[int, Any] = {}
+        for _ in range(_PLAIN_LEVELS):
+            dicts = [item for item in level if type(item) is dict]
+            members = list(chain.from_iterable(item for item in level if type(item) is list))
+            members += chain.from_iterable(map(dict.values, dicts))
+            kinds = set(map(type, members))
+            if not kinds <= _PLAIN or not set(map(type, chain.from_iterable(dicts))) <= ATOMS:
+                return False
+            if tuple in kinds:
+                flat = chain.from_iterable(item for item in members if type(item) is tuple)
+                if not set(map(type, flat)) <= ATOMS:
+                    return False
+            if list not in kinds and dict not in kinds:
+                break
+            level = [item for item in members if type(item) is list or type(item) is dict]
+            size = len(found)
+            found.update(zip(map(id, level), level, strict=True))
+            if len(found) < size + len(level) or id(root) in found:
+                return False
+        else:
+            return False
+        walk: Walk | None = self
+        while walk is not None:
+            if not walk._position.keys().isdisjoint(found):
+                return False
+            walk = walk.outer
+        self.seen.update(found)
+        self._position.update(zip(found, range(self._next, self._next + len(found)), strict=True))
+        self._next += len(found)
+        self._objects += len(found)
+        self._emit(b"p" + type(root).__name__[:1].encode(), len(root).to_bytes(8, "little"))
+        self._atoms(root.items() if isinstance(root, dict) else root)
+        return True
+
+    def _atoms(self, items: Any) -> None:
+        """Hash what `marshal` writes of items, some at a time: their bytes need not all be in memory."""
+        rest = iter(items if self.hashing else ())
+        while batch := list(islice(rest, _BATCH)):
+            self._emit(b"", dumps(batch, _MARSHAL))
 
     def _dict(self, value: dict[Any, Any]) -> Parts | None:
         if set(map(type, value)) <= ATOMS and set(map(type, value.values())) <= ATOMS:
             self._emit(b"da", dumps(list(value.items()), _MARSHAL) if self.hashing else b"")
+            return None
+        if self._plain(value):
             return None
         self._emit(b"d", len(value).to_bytes(8, "little"))
         return self._items(value.items())
@@ -449,7 +506,12 @@ class Walk:
         if dtype.names is not None:  # field by field: padding is garbage
             return ((f"[{name!r}]", array[name]) for name in dtype.names)
         if dtype.hasobject:
-            return iter(enumerate(array.ravel().tolist()))
+            items = array.ravel().tolist()
+            if not set(map(type, items)) <= ATOMS:
+                return iter(enumerate(items))
+            self._emit(b"oa")
+            self._atoms(items)
+            return None
         if self.hashing and array.size:
             flat = array.ravel()  # a view where it is contiguous
             self._emit(b"nb", memoryview(flat.view("u1")))
