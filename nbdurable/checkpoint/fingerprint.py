@@ -8,10 +8,14 @@ not by Python's stack.
 
 from __future__ import annotations
 
+import copyreg
+import datetime
+import decimal
 import functools
 import mmap
 import sys
 import types
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -96,6 +100,8 @@ class Walk:
         self.memory: set[int] = set()
         self.live: set[str] = set()
         self._position: dict[int, int] = {}
+        self._named: dict[int, tuple[Any, bytes]] = {}  # functions and classes that count by name, kept alive
+        self._scalars: dict[type, bool] = {}
         self._next: int = 0 if outer is None else outer._next
         self._objects = 0
         self._hasher = blake3()
@@ -202,6 +208,9 @@ class Walk:
         if kind in ATOMS:
             self._emit(b"a", dumps(value, _MARSHAL))
             return None
+        if (named := self._named.get(id(value))) is not None:
+            self._emit(b"g", named[1])
+            return None
         if kind is tuple or kind is frozenset:
             if (frozen := _frozen(value)) is not None:
                 self._emit(b"f", frozen)
@@ -210,13 +219,17 @@ class Walk:
             self._emit(b"m", value.__name__.encode())
             return None
         elif (name := self._name(value, kind)) is not None:
+            self._named[id(value)] = (value, name.encode())
             self._emit(b"g", name.encode())
             return None
         if id(value) in self.opaque:
             self.seen[id(value)] = value
             self._emit(b"o", f"{kind.__module__}.{kind.__qualname__}:{stream_position(value)}".encode())
             return None
-        if isinstance(value, IMMUTABLE_TYPES) or _is_immutable_scalar(value):
+        if (scalar := self._scalars.get(kind)) is None:
+            scalar = isinstance(value, IMMUTABLE_TYPES) or _is_immutable_scalar(value)
+            self._scalars[kind] = scalar
+        if scalar:
             return self._scalar(value)
         if (position := self._find(id(value))) is not None:
             self._emit(b"@", position.to_bytes(8, "little"))
@@ -247,6 +260,10 @@ class Walk:
 
     def _scalar(self, value: Any) -> Parts | None:
         """Hash an immutable object by what it is made of; it has no identity."""
+        kind = type(value)
+        if kind in _SAID_BY_REPR and getattr(value, "tzinfo", None) is None:
+            self._emit(b"sr", f"{kind.__qualname__}{value!r}".encode())
+            return None
         if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # a NumPy scalar
             if value.dtype.names is None and not value.dtype.hasobject:
                 self._emit(b"v", repr(value.dtype).encode() + b"|" + value.tobytes())
@@ -270,7 +287,7 @@ class Walk:
         if type(value) is list and self._plain(value):
             return None
         self._emit(tag, len(value).to_bytes(8, "little"))
-        return iter(enumerate(value))
+        return self._mixed(enumerate(value))
 
     def _plain(self, root: list[Any] | dict[Any, Any]) -> bool:
         """Hash a tree of lists, dicts and atoms at once, level by level; return False if it is no such tree.
@@ -313,6 +330,17 @@ class Walk:
         self._atoms(root.items() if isinstance(root, dict) else root)
         return True
 
+    def _mixed(self, parts: Iterator[Part]) -> Parts:
+        """Hash the atoms among some parts at once, and return the others."""
+        while batch := list(islice(parts, _BATCH)):
+            kinds = [type(item) in ATOMS for _, item in batch]
+            if self.hashing:  # `...` is no atom
+                atoms = [item if known else ... for (_, item), known in zip(batch, kinds, strict=True)]
+                self._emit(b"mx", dumps(atoms, _MARSHAL))
+            for part, known in zip(batch, kinds, strict=True):
+                if not known:
+                    yield part
+
     def _atoms(self, items: Any) -> None:
         """Hash what `marshal` writes of items, some at a time: their bytes need not all be in memory."""
         rest = iter(items if self.hashing else ())
@@ -329,9 +357,9 @@ class Walk:
         return self._items(value.items())
 
     def _items(self, pairs: Any) -> Parts:
-        for key, item in list(pairs):
-            yield "", key
-            yield (key,), item
+        pairs = list(pairs)
+        yield from self._mixed(("", key) for key, _ in pairs)
+        yield from self._mixed(((key,), item) for key, item in pairs)
 
     def _set(self, value: set[Any] | frozenset[Any]) -> Parts | None:
         tag = type(value).__name__.encode()
@@ -465,14 +493,17 @@ class Walk:
             self._emit(b"gl", f"{getattr(value, '__module__', '')}:{reduced}".encode())
             return
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-        self._emit(b"re", len(arguments).to_bytes(8, "little"))
-        yield "", make
+        if make is copyreg.__newobj__ and len(arguments) == 1:  # type: ignore[attr-defined]
+            self._emit(b"ro")
+        else:
+            self._emit(b"re", len(arguments).to_bytes(8, "little"))
+            yield "", make
         for argument in arguments:
             yield "", argument
         yield from self._state(state)
         if items is not None:
             self._emit(b"li")
-            yield from enumerate(items)
+            yield from self._mixed(enumerate(items))
         if pairs is not None:
             self._emit(b"di")
             yield from self._items(pairs)
@@ -487,10 +518,15 @@ class Walk:
             for part in state:
                 yield from self._state(part)
         elif type(state) is dict:
+            if set(map(type, state.values())) <= ATOMS and set(map(type, state)) <= ATOMS:
+                self._emit(b"sa", dumps(list(state.items()), _MARSHAL) if self.hashing else b"")
+                return
             self._emit(b"sd", len(state).to_bytes(8, "little"))
-            for key, item in list(state.items()):
-                yield "", key
-                yield (f".{key}" if isinstance(key, str) else (key,)), item
+            pairs = list(state.items())
+            yield from self._mixed(("", key) for key, _ in pairs)
+            yield from self._mixed(
+                (f".{key}" if isinstance(key, str) else (key,), item) for key, item in pairs
+            )
         else:
             self._emit(b"s")
             yield "", state
@@ -760,6 +796,9 @@ def _frozen(value: Any) -> bytes | None:
 
 
 _FROZEN = ATOMS | {tuple, frozenset}
+_SAID_BY_REPR = frozenset(
+    {datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID}
+)
 
 
 def code_bytes(code: types.CodeType) -> bytes:
