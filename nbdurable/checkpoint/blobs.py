@@ -23,11 +23,12 @@ from typing import Any, NamedTuple, Protocol
 
 from blake3 import blake3
 
-from nbdurable.checkpoint.mapped import WrongSize, map_files
+from nbdurable.checkpoint import mapped
 from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, StoreFull
 from nbdurable.telemetry import fault_point
 
 MAP_FROM_BYTES = 1 << 20  # below it, reading is cheaper than mapping
+BUFFER_CHUNK = 16 << 20  # of data: one changed column of a frame, or part of an array, is written alone
 _PARALLEL_FROM_BYTES = 4 << 20
 _WRITERS = 6  # threads that write: an fsync waits, it does not compute
 _SIP_BYTES = 1 << 20  # how much is read at a time where bytes are only verified
@@ -112,7 +113,7 @@ class LocalBlobs:
         with ExitStack() as ending:
             writers: ThreadPoolExecutor | None = None
             for part in parts:
-                digests.append(digest := digest_of(part))
+                digests.append(digest := mapped.digest_of(part, digest_of))
                 if digest in writes or self._is_known(digest, len(part)):
                     continue
                 if len(parts) == 1:
@@ -202,24 +203,24 @@ class LocalBlobs:
                 if not self._pending:
                     self._checker = None
                     return
-                mapped = self._pending.pop(0)
+                item = self._pending.pop(0)
             try:
-                found = self._digest_in_place(mapped.digest)
+                found = self._digest_in_place(item.digest)
             except OSError:  # unlinked meanwhile: nobody can restore from it, or verify it, any more
                 continue
-            if found == mapped.digest:
+            if found == item.digest:
                 with self._guard:
                     self._verified.add(found)
                 continue
             error = BlobDamaged(
-                f"blob {mapped.digest} is not what was written: its digest differs "
-                f"({self.path(mapped.digest)}); {mapped.needed_by}, which holds damaged data now",
+                f"blob {item.digest} is not what was written: its digest differs "
+                f"({self.path(item.digest)}); {item.needed_by}, which holds damaged data now",
                 todo="nothing is committed while it does: restart the kernel, or make the variable again "
                 "(`%durable rerun NAME`)",
             )
             with self._guard:
-                self._verified.discard(mapped.digest)
-                self._damaged.append((mapped, error))
+                self._verified.discard(item.digest)
+                self._damaged.append((item, error))
             _log.error("%s", error)
 
     def _digest_in_place(self, digest: str) -> str:
@@ -247,8 +248,8 @@ class LocalBlobs:
         back, by the next `sync` at the latest. Raises BlobMissing, BlobDamaged.
         """
         try:
-            view = map_files([(self.path(digest), size) for digest, size in parts])
-        except WrongSize as error:
+            view = mapped.map_files([(self.path(digest), size) for digest, size in parts])
+        except mapped.WrongSize as error:
             name = error.path.name
             raise BlobDamaged(
                 f"blob {name} has {error.found} bytes instead of {error.expected} ({error.path})", todo=_RERUN
@@ -264,6 +265,7 @@ class LocalBlobs:
                 self._compare(digest, digest_of(view[place : place + size]))
                 place += size
             return view
+        mapped.remember(view, [size for _, size in parts], [digest for digest, _ in parts])
         memory = weakref.ref(view.obj)
         with self._guard:
             self._pending += [_Mapped(digest, size, needed_by, memory) for digest, size in parts]

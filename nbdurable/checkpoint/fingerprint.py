@@ -25,6 +25,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from nbdurable.checkpoint import mapped
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, MAP_FROM_BYTES, digest_of
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     IMMUTABLE_TYPES,
@@ -53,7 +55,6 @@ _PLAIN_LEVELS = (
 )
 _BATCH = 4096  # items whose bytes are held in memory at a time
 _FLUSH_BYTES = 1 << 16
-_PARALLEL_FROM_BYTES = 4 << 20
 # What Python, `typing`, `abc`, `enum` and pydantic derive from a class's body, or cache in it
 _DERIVED = frozenset(
     """
@@ -180,12 +181,17 @@ class Walk:
             self._pending.clear()
 
     def _bulk(self, data: Any) -> None:
-        """Hash many bytes at once, on all processors where it is worth it."""
-        if len(data) >= _PARALLEL_FROM_BYTES:
-            wide = blake3(max_threads=blake3.AUTO)
-            wide.update(data)
-            data = wide.digest()
-        self._hasher.update(data)
+        """Hash many bytes, large ones by the digests of the chunks in which blobs keep them.
+
+        So restored memory to which nobody has written need not be read at all.
+        """
+        if len(data) < MAP_FROM_BYTES:
+            self._hasher.update(data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), BUFFER_CHUNK):
+            digest = mapped.digest_of(view[start : start + BUFFER_CHUNK], digest_of)
+            self._hasher.update(digest.encode())
 
     def _find(self, ident: int) -> int | None:
         walk: Walk | None = self

@@ -22,7 +22,6 @@ from nbdurable.security import sign, verify
 
 FORMAT = 1
 INLINE_BYTES = 16 << 10  # at most; larger contents are files
-BUFFER_CHUNK = 16 << 20  # of data: one changed column of a frame, or part of an array, is written alone
 STREAM_CHUNK = 256 << 10  # of pickles: what is appended to a list leaves the chunks before it as they were
 
 

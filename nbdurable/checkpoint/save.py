@@ -28,7 +28,7 @@ import cloudpickle
 
 from nbdurable.checkpoint import rebuild
 from nbdurable.checkpoint.analysis import source_of_code
-from nbdurable.checkpoint.blobs import BlobStore
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, BlobStore
 from nbdurable.checkpoint.fingerprint import (
     Unfingerprintable,
     Walk,
@@ -37,7 +37,7 @@ from nbdurable.checkpoint.fingerprint import (
     memory_owner,
     reach,
 )
-from nbdurable.checkpoint.manifest import BUFFER_CHUNK, STREAM_CHUNK, Blob, Group, put_blob, put_blobs
+from nbdurable.checkpoint.manifest import STREAM_CHUNK, Blob, Group, put_blob, put_blobs
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     LruCacheWrapper,

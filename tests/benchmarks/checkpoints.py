@@ -287,6 +287,8 @@ def restore_here(tool: str, kind: Data, folder: Path) -> dict[str, float]:
     found = {"restore": seconds, "resident": float(resident() - before)}
     if tool == "ours":
         found["verify"], _ = timed(blobs.sync)
+        found["look_restored"], _ = timed(Tracker(namespace).snapshot)
+        found["resident_looked"] = float(resident() - before)
     found["pass"], _ = timed(lambda: kind.use(value))
     if kind.lazy:
         whole = copy.deepcopy(value) if hasattr(value, "iloc") or isinstance(value, np.ndarray) else value
@@ -364,6 +366,9 @@ def rows_of(name: str, kind: Data, found: dict[str, Any]) -> list[Row]:
             "≤ 5 MB" if big else "",
             mine["resident"] <= 5e6 if big else None,
         )
+    )
+    rows.append(
+        Row("  looked at after it", _seconds(mine["look_restored"]), f"memory {_mb(mine['resident_looked'])}")
     )
     if "pass_memory" in mine:
         share = mine["pass"] / mine["pass_memory"]

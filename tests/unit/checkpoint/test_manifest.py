@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdurable.checkpoint.blobs import LocalBlobs
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, LocalBlobs
 from nbdurable.checkpoint.manifest import (
-    BUFFER_CHUNK,
     INLINE_BYTES,
     STREAM_CHUNK,
     CodeFacts,
