@@ -31,6 +31,8 @@ MAP_FROM_BYTES = 1 << 20  # below it, reading is cheaper than mapping
 BUFFER_CHUNK = 16 << 20  # of data: one changed column of a frame, or part of an array, is written alone
 _PARALLEL_FROM_BYTES = 4 << 20
 _WRITERS = 6  # threads that write: an fsync waits, it does not compute
+_BATCH_BYTES = 64 << 20  # are written, then made durable
+_VERIFY_AFTER_S = 1.0  # a resumed notebook restores its other steps first
 _SIP_BYTES = 1 << 20  # how much is read at a time where bytes are only verified
 _log = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -93,7 +95,7 @@ class LocalBlobs:
         self.root = root
         self._pending: list[_Mapped] = []
         self._damaged: list[tuple[_Mapped, BlobDamaged]] = []
-        self._checker: threading.Thread | None = None
+        self._checker: threading.Timer | None = None
         self._verified: set[str] = set()
         self._unsynced: set[Path] = set()
         self._guard = threading.Lock()
@@ -109,20 +111,44 @@ class LocalBlobs:
     def put_all(self, parts: Sequence[memoryview]) -> list[str]:
         """Keep several pieces of bytes, as `put` does: the next is hashed while others are written."""
         digests: list[str] = []
-        writes: dict[str, Future[None]] = {}
+        drafts: dict[str, Future[Path | None]] = {}
+        finished: list[Future[None]] = []
+        started, unfinished, size = set[str](), list[str](), 0
         with ExitStack() as ending:
             writers: ThreadPoolExecutor | None = None
-            for part in parts:
-                digests.append(digest := mapped.digest_of(part, digest_of))
-                if digest in writes or self._is_known(digest, len(part)):
-                    continue
-                if len(parts) == 1:
-                    self._keep(digest, part)
-                else:
+
+            def finish() -> None:
+                # one by one a file costs a journal's commit; those that were written together share theirs
+                for digest in unfinished:
+                    draft = drafts[digest].result()
+                    finished.append(writers.submit(self._finish, digest, draft))  # type: ignore[union-attr]
+                unfinished.clear()
+
+            try:
+                for part in parts:
+                    digests.append(digest := mapped.digest_of(part, digest_of))
+                    if digest in started or self._is_known(digest, len(part)):
+                        continue
+                    if len(parts) == 1:
+                        self._finish(digest, self._draft(digest, part))
+                        continue
                     writers = writers or ending.enter_context(ThreadPoolExecutor(_WRITERS, "nbdurable-blobs"))
-                    writes[digest] = writers.submit(self._keep, digest, part)
-        for write in writes.values():
-            write.result()
+                    drafts[digest] = writers.submit(self._draft, digest, part)
+                    started.add(digest)
+                    unfinished.append(digest)
+                    size += len(part)
+                    if size >= _BATCH_BYTES:
+                        finish()
+                        size = 0
+                finish()
+                for future in finished:
+                    future.result()
+            except BaseException:
+                for written in drafts.values():
+                    with contextlib.suppress(Exception):
+                        if (draft := written.result()) is not None:
+                            draft.unlink(missing_ok=True)
+                raise
         return digests
 
     def _is_known(self, digest: str, size: int) -> bool:
@@ -132,13 +158,24 @@ class LocalBlobs:
         except OSError:
             return False
 
-    def _keep(self, digest: str, view: memoryview) -> None:
+    def _draft(self, digest: str, view: memoryview) -> Path | None:
+        """Write bytes to a file beside their place, not yet durable; None if they stand there already."""
         path = self.path(digest)
         try:
-            if not self._stands(digest, path, len(view)):
-                self._write(path, view)
+            return None if self._stands(digest, path, len(view)) else self._write(path, view)
         except OSError as error:
-            raise _failure(error, path, len(view)) from error
+            raise _failure(error, path, f" of {len(view)} bytes") from error
+
+    def _finish(self, digest: str, draft: Path | None) -> None:
+        """Make a draft durable and put it in place."""
+        path = self.path(digest)
+        if draft is not None:
+            try:
+                _fsync(draft)
+                os.replace(draft, path)
+            except OSError as error:
+                draft.unlink(missing_ok=True)
+                raise _failure(error, path) from error
         with self._guard:
             self._verified.add(digest)
             self._unsynced.update((path.parent, self.root))
@@ -155,11 +192,7 @@ class LocalBlobs:
         if os.name == "nt":  # folders can't be opened there; a rename is durable by itself
             return
         for folder in folders:
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _fsync(folder)
 
     def read(self, digest: str, size: int | None = None) -> memoryview:
         """Return the verified bytes, writable without effect on the blob; raises BlobMissing, BlobDamaged.
@@ -201,7 +234,8 @@ class LocalBlobs:
         while True:
             with self._guard:
                 if not self._pending:
-                    self._checker = None
+                    if self._checker is threading.current_thread():
+                        self._checker = None
                     return
                 item = self._pending.pop(0)
             try:
@@ -234,7 +268,12 @@ class LocalBlobs:
 
     def _settle(self) -> None:
         """Wait until what was mapped is verified; raise the damage of memory that is in use."""
-        while (checker := self._checker) is not None:
+        with self._guard:
+            checker, self._checker = self._checker, None
+        if checker is not None:
+            checker.cancel()
+        self._check_mapped()
+        if checker is not None:
             checker.join()
         with self._guard:
             self._damaged = [item for item in self._damaged if item[0].memory() is not None]
@@ -270,9 +309,8 @@ class LocalBlobs:
         with self._guard:
             self._pending += [_Mapped(digest, size, needed_by, memory) for digest, size in parts]
             if self._checker is None:
-                self._checker = threading.Thread(
-                    target=self._check_mapped, name="nbdurable-verify", daemon=True
-                )
+                self._checker = threading.Timer(_VERIFY_AFTER_S, self._check_mapped)
+                self._checker.daemon = True
                 self._checker.start()
         return view
 
@@ -289,11 +327,10 @@ class LocalBlobs:
         except (BlobDamaged, BlobMissing):
             return False
         # whoever wrote it may have died before it was on disk
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        _fsync(path)
         return True
 
-    def _write(self, path: Path, view: memoryview) -> None:
+    def _write(self, path: Path, view: memoryview) -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name[:16]}.{os.getpid()}.{secrets.token_hex(4)}")
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o444)
@@ -302,21 +339,31 @@ class LocalBlobs:
                 rest = view
                 while rest:
                     rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            os.replace(draft, path)
+                if os.name == "nt":  # where only a handle that writes can be synced
+                    os.fsync(file.fileno())
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                draft.unlink()
+            draft.unlink(missing_ok=True)
             raise
+        return draft
 
 
-def _failure(error: OSError, path: Path, size: int) -> CheckpointError | StoreFull:
+def _fsync(path: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _failure(error: OSError, path: Path, size: str = "") -> CheckpointError | StoreFull:
     if error.errno in _FULL:
         return StoreFull(
-            f"no space left for a blob of {size} bytes at {path}",
+            f"no space left for a blob{size} at {path}",
             todo="nothing was committed. Free some space, then repeat it (a failed run: `nbdurable resume`)",
         )
     return CheckpointError(
-        f"a blob of {size} bytes can't be written at {path}: {error}",
+        f"a blob{size} can't be written at {path}: {error}",
         todo="nothing was committed. Make the folder writable, then repeat it (a failed run: `nbdurable resume`)",
     )

@@ -680,11 +680,13 @@ class Walk:
             frame = value.to_frame()
         else:
             return NotImplemented
-        if not self.hashing:
-            return None
-        # codes of categories depend on what the process saw before
-        frame = frame.with_columns(polars.col(polars.Categorical).cast(polars.String))
-        return self._arrow(frame.to_arrow(), sys.modules["pyarrow"])
+        for column in (
+            frame.get_columns() if self.hashing else ()
+        ):  # Arrow's strings are a copy: one at a time
+            if column.dtype == polars.Categorical:  # its codes depend on what the process saw before
+                column = column.cast(polars.String)
+            self._arrow(column.to_frame().to_arrow(), sys.modules["pyarrow"])
+        return None
 
 
 def _compact(column: Any, arrow: Any) -> Any:

@@ -187,19 +187,18 @@ def _open(path: Path, size: int) -> int:
 
 
 def _map_at(place: int, size: int, handle: int) -> bool:
+    flags = mmap.MAP_PRIVATE | _FIXED | getattr(mmap, "MAP_NORESERVE", 0)
+    got = _libc().mmap(place, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, handle, 0)
+    return bool(got != _FAILED)
+
+
+@cache
+def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_longlong,
-    ]
-    flags = mmap.MAP_PRIVATE | _FIXED | getattr(mmap, "MAP_NORESERVE", 0)
-    got = libc.mmap(place, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, handle, 0)
-    return bool(got != _FAILED)
+    number, size, offset = ctypes.c_int, ctypes.c_size_t, ctypes.c_longlong
+    libc.mmap.argtypes = [ctypes.c_void_p, size, number, number, number, offset]
+    return libc
 
 
 def _read_files(files: Sequence[tuple[Path, int]], total: int) -> memoryview:
