@@ -186,7 +186,7 @@ class LocalBlobs:
 
         Waits until all that was mapped is verified; raises BlobDamaged while damaged memory is in use.
         """
-        self._settle()
+        self.settle()
         with self._guard:
             folders, self._unsynced = self._unsynced, set()
         if os.name == "nt":  # folders can't be opened there; a rename is durable by itself
@@ -266,15 +266,19 @@ class LocalBlobs:
                 hasher.update(sip[:got])
         return hasher.hexdigest()
 
-    def _settle(self) -> None:
-        """Wait until what was mapped is verified; raise the damage of memory that is in use."""
-        with self._guard:
-            checker, self._checker = self._checker, None
-        if checker is not None:
-            checker.cancel()
-        self._check_mapped()
-        if checker is not None:
-            checker.join()
+    def settle(self, *, wait: bool = True) -> None:
+        """Raise BlobDamaged while memory is in use into which a damaged blob was mapped.
+
+        `wait`: until all that was mapped is verified; else only what is found so far counts.
+        """
+        if wait:
+            with self._guard:
+                checker, self._checker = self._checker, None
+            if checker is not None:
+                checker.cancel()
+            self._check_mapped()
+            if checker is not None:
+                checker.join()
         with self._guard:
             self._damaged = [item for item in self._damaged if item[0].memory() is not None]
             if self._damaged:
