@@ -107,7 +107,7 @@ def remember(view: memoryview, sizes: Sequence[int], digests: Sequence[str]) -> 
 
 def digest_of(data: memoryview, compute: Callable[[memoryview], str]) -> str:
     """Return the digest of bytes; it is not computed where they are mapped, known, and untouched by writers."""
-    found = _region_of(data) if _regions else None
+    found = _region_of(data) if _regions and len(data) >= mmap.PAGESIZE else None
     if found is None:
         return compute(data)
     region, place = found
