@@ -15,6 +15,7 @@ _HOMES = {
     "Decision": "nbdurable.kernel.waits",
     "current_run": "nbdurable.kernel.context",
     "result": "nbdurable.kernel.context",
+    "load": "nbdurable.kernel.travel",
     "Client": "nbdurable.client",
     "DurableError": "nbdurable.errors",
     "load_ipython_extension": "nbdurable.kernel.extension",
@@ -28,6 +29,7 @@ __all__ = [
     "approve",
     "approve_async",
     "current_run",
+    "load",
     "result",
     "sleep",
     "sleep_async",
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from nbdurable.client import Client
     from nbdurable.errors import DurableError
     from nbdurable.kernel.context import current_run, result
+    from nbdurable.kernel.travel import load
     from nbdurable.kernel.waits import Decision, approve, approve_async, sleep, sleep_async
 
 

@@ -316,6 +316,99 @@ class AnswerWait(Shape):
     nonce: str  # chosen by the client, so that a repeated request is known
 
 
+# Space and time travel -------------------------------------------------------------------------------------
+
+
+class ReadSpace(Shape):
+    run_id: str | None = None  # only this run; what is shared is shared with any run
+
+
+class VariableSpace(Shape):
+    """What a variable takes: `unique` bytes are used by nothing else, `inline` ones stand in the store itself."""
+
+    name: str
+    bytes: int = 0
+    unique: int = 0
+    shared: int = 0
+    inline: int = 0
+
+
+class StepSpace(VariableSpace):
+    """What a step's checkpoints take: variables, outputs, random state."""
+
+    checkpoints: int = 0
+    variables: tuple[VariableSpace, ...] = ()
+
+
+class RunSpace(Shape):
+    id: str
+    notebook: str
+    status: RunStatus
+    created_at: float
+    tags: tuple[str, ...] = ()
+    bytes: int = 0
+    unique: int = 0
+    shared: int = 0
+    inline: int = 0
+    steps: tuple[StepSpace, ...] = ()
+
+
+class Space(Shape):
+    """What the project's state takes on disk, in bytes; the runs that take most stand first."""
+
+    blobs: int  # files
+    blob_bytes: int
+    store_bytes: int
+    unused_bytes: int  # of blobs that no checkpoint and no run needs
+    runs: tuple[RunSpace, ...]
+
+
+class Clean(Shape):
+    """Ask for a clean-up. Without a rule every run is kept, and only what no run needs goes.
+
+    A run is kept by any of the rules; an open one always. `only`: the runs whose removal was shown to somebody.
+    """
+
+    keep_last: int | None = Field(None, ge=0)  # so many newest runs of each notebook
+    keep_for_s: float | None = Field(None, ge=0)  # runs that ended no longer ago
+    keep_tagged: bool = False
+    dry_run: bool = True
+    only: tuple[str, ...] | None = None
+
+
+class Fate(Shape):
+    """One thing that a clean-up looked at, what becomes of it, and why."""
+
+    kind: Literal["run", "earlier checkpoints", "blobs"]
+    id: str = ""  # the run's
+    notebook: str = ""
+    action: Literal["keep", "remove"]
+    reason: str
+    count: int  # checkpoints, or files
+    bytes: int  # that go, or would go; of kept ones: that they take
+
+
+class Cleaned(Shape):
+    dry_run: bool
+    fates: tuple[Fate, ...]
+    files: int  # removed, or to be removed
+    bytes: int
+
+
+class ReadState(Shape):
+    """Ask for the variables of a run as they were when a step was committed; None: as its last step left them."""
+
+    run_id: str
+    step: str | None = None
+
+
+class State(Shape):
+    """The checkpoints that such a state consists of, in order of commitment: a later one overwrites."""
+
+    run: Run
+    checkpoints: tuple[Checkpoint, ...]
+
+
 # Store -----------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +453,9 @@ OPEN_WAIT = Endpoint("POST", "/v1/runs/{run_id}/waits", OpenWait, Wait, "Open a 
 LIST_WAITS = Endpoint("GET", "/v1/waits", ListWaits, Waits, "List waits, oldest first.")
 GET_WAIT = Endpoint("GET", "/v1/waits/{wait_id}", ReadWait, Wait, "Show a wait, or wait for its answer.")
 ANSWER_WAIT = Endpoint("POST", "/v1/waits/{wait_id}/answer", AnswerWait, Wait, "Approve or reject.")
+SPACE = Endpoint("GET", "/v1/space", ReadSpace, Space, "Say what takes how much space.")
+CLEAN = Endpoint("POST", "/v1/clean", Clean, Cleaned, "Remove what no kept run needs, or say what would go.")
+STATE = Endpoint("GET", "/v1/runs/{run_id}/state", ReadState, State, "Read a run's state as of a step.")
 SQL = Endpoint("POST", "/v1/sql", Query, Table, "Query the store, read only.")
 
 ENDPOINTS: tuple[Endpoint[Any, Any], ...] = tuple(

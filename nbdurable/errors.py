@@ -154,6 +154,8 @@ class BadSignature(CheckpointError):
 class NotRestorable(CheckpointError):
     """A value of this checkpoint can't be restored"""
 
+    http_status = 409
+
 
 class CoordinatorError(DurableError):
     """The coordinator is out of reach"""

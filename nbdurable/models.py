@@ -121,6 +121,7 @@ class Step(Shape):
     cell_id: str | None = None
     checkpoint_seq: int | None = None  # the event that carries its manifest
     line: int | None = None  # of a waiting step: the line of the gate
+    removed: str = ""  # why its checkpoint was removed, where it was: the step can't be restored any more
 
 
 class WaitAnswer(Shape):

@@ -12,12 +12,15 @@ import errno
 import logging
 import mmap
 import os
+import re
 import secrets
+import stat
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +39,9 @@ _VERIFY_AFTER_S = 1.0  # a resumed notebook restores its other steps first
 _SIP_BYTES = 1 << 20  # how much is read at a time where bytes are only verified
 _log = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_SHELF = re.compile("[0-9a-f]{2}")
+_BLOB = re.compile("[0-9a-f]{64}")
+_DRAFT = re.compile(r"\.[0-9a-f.]{1,16}\.[0-9]+\.[0-9a-f]{8}")
 _RERUN = (
     "nothing was loaded from it. Put the file back, or run the step again "
     "(`%durable rerun NAME`; headless: a new run)"
@@ -46,6 +52,16 @@ def digest_of(data: bytes | bytearray | memoryview | mmap.mmap) -> str:
     """Return the hex BLAKE3 digest that names these bytes."""
     threads = blake3.AUTO if len(data) >= _PARALLEL_FROM_BYTES else 1
     return blake3(data, max_threads=threads).hexdigest()
+
+
+@dataclass(frozen=True)
+class BlobFile:
+    """A file of the blob folder: a blob, or the draft of one whose writer is busy or dead."""
+
+    digest: str  # "" for a draft
+    path: Path
+    size: int
+    renewed_at: float  # when somebody last wrote, found or committed it
 
 
 class BlobStore(Protocol):
@@ -72,6 +88,9 @@ class BlobStore(Protocol):
 
     def has(self, digest: str) -> bool:
         """Tell whether there is a blob of that name (its content is verified by `read`)."""
+
+    def renew(self, digests: Iterable[str]) -> None:
+        """Keep blobs, about to be committed, from being cleaned up for a while; raises BlobMissing."""
 
 
 class _Mapped(NamedTuple):
@@ -152,9 +171,13 @@ class LocalBlobs:
         return digests
 
     def _is_known(self, digest: str, size: int) -> bool:
-        """Tell whether this process wrote or verified the blob before, and nobody removed or cut it since."""
+        """Tell whether this process wrote or verified the blob, and it stands as it did; it is renewed."""
+        if digest not in self._verified:
+            return False
+        path = self.path(digest)
         try:
-            return digest in self._verified and self.path(digest).stat().st_size == size
+            os.utime(path)
+            return path.stat().st_size == size
         except OSError:
             return False
 
@@ -322,16 +345,86 @@ class LocalBlobs:
         """Tell whether there is a blob of that name (its content is verified by `read`)."""
         return self.path(digest).is_file()
 
+    def renew(self, digests: Iterable[str]) -> None:
+        """Keep blobs, about to be committed, from being cleaned up for a while; raises BlobMissing.
+
+        `remove` spares what was renewed lately, so no clean-up comes between a commit and the older blobs that
+        it refers to.
+        """
+        for digest in digests:
+            path = self.path(digest)
+            try:
+                try:
+                    os.utime(path)
+                except PermissionError:  # it is another user's: replaced by our own
+                    self._finish(digest, self._write(path, self.read(digest)))
+            except (FileNotFoundError, BlobMissing):
+                raise BlobMissing(
+                    f"blob {digest} was removed before the step that needs it was committed ({path})",
+                    todo="nothing was committed: run the step again",
+                ) from None
+            except OSError as error:
+                raise _failure(error, path) from error
+
+    def files(self) -> Iterator[BlobFile]:
+        """Yield every blob and draft in the folder; nothing else that may lie there."""
+        for folder in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            if not _SHELF.fullmatch(folder.name) or not folder.is_dir():
+                continue
+            for entry in os.scandir(folder):
+                is_blob = bool(_BLOB.fullmatch(entry.name))
+                if not is_blob and not _DRAFT.fullmatch(entry.name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # a draft has just become a blob
+                    found = entry.stat()
+                    yield BlobFile(
+                        entry.name if is_blob else "", Path(entry.path), found.st_size, found.st_mtime
+                    )
+
+    def remove(self, file: BlobFile, *, unless_renewed_since: float) -> bool:
+        """Unlink a file that nobody has renewed since then; return whether it is gone.
+
+        It is moved aside first: whoever finds it from then on writes it anew, and whoever found it just before
+        has renewed it, which shows now, and it is put back. Raises CheckpointError where the folder can't be written.
+        """
+        aside = file.path.with_name(f".{file.path.name[:16]}.{os.getpid()}.{secrets.token_hex(4)}")
+        try:
+            if file.path.stat().st_mtime >= unless_renewed_since:
+                return False
+            os.rename(file.path, aside)
+            if aside.stat().st_mtime >= unless_renewed_since:
+                os.replace(aside, file.path)
+                return False
+            if os.name == "nt":  # where what is read-only can't be unlinked
+                aside.chmod(stat.S_IWRITE)
+            aside.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise CheckpointError(
+                f"a blob that is not needed can't be removed: {error}",
+                todo=f"make {file.path.parent} writable, then repeat it: the rest goes then",
+            ) from error
+        with self._guard:
+            self._verified.discard(file.digest)
+        return True
+
     def _stands(self, digest: str, path: Path, size: int) -> bool:
-        """Tell whether another process has put the blob in place, and it is what it should be."""
-        if not path.exists():
+        """Tell whether the blob is in place already, and is what it should be; it is renewed."""
+        try:
+            os.utime(path)
+            if path.stat().st_size != size:
+                return False
+        except (
+            FileNotFoundError,
+            PermissionError,
+        ):  # another user's is replaced, so that it counts as renewed
             return False
         try:
             self.read(digest, size)
-        except (BlobDamaged, BlobMissing):
+            _fsync(path)  # whoever wrote it may have died before it was on disk
+        except (BlobDamaged, BlobMissing, FileNotFoundError):
             return False
-        # whoever wrote it may have died before it was on disk
-        _fsync(path)
         return True
 
     def _write(self, path: Path, view: memoryview) -> Path:

@@ -65,7 +65,7 @@ class Blob(Shape):
     chunk: int = 0  # size in bytes of each chunk but the last
     chunks: tuple[str, ...] = ()  # their digests, where there are several
 
-    def files(self) -> tuple[tuple[str, int], ...]:
+    def parts(self) -> tuple[tuple[str, int], ...]:
         """Return (digest, size in bytes) of the blobs of the store that hold it, in order."""
         if self.inline is not None:
             return ()
@@ -74,6 +74,10 @@ class Blob(Shape):
         last = self.size - self.chunk * (len(self.chunks) - 1)
         sizes = [self.chunk] * (len(self.chunks) - 1) + [last]
         return tuple(zip(self.chunks, sizes, strict=True))
+
+    def files(self) -> tuple[str, ...]:
+        """Return the digests of the files that hold these bytes; none where they are inside the manifest."""
+        return tuple(digest for digest, _ in self.parts())
 
 
 class Group(Shape):
@@ -106,6 +110,10 @@ class Manifest(Shape):
     outputs: Blob | None = None  # JSON list of nbformat outputs
     resume_at: int | None = None  # top-level statement at which a waiting cell goes on
     wait_keys: tuple[str, ...] = ()
+
+    def files(self) -> set[str]:
+        """Return the digests of all files that this checkpoint needs."""
+        return {digest for blob in self.blobs() for digest in blob.files()}
 
     def blobs(self) -> tuple[Blob, ...]:
         """Return everything that this checkpoint needs."""
@@ -155,7 +163,7 @@ def read_blob(blob: Blob, blobs: BlobStore) -> memoryview:
                 f"the inlined blob {blob.digest} is not what was written", todo="run the step again"
             )
         return memoryview(data)
-    files = blob.files()
+    files = blob.parts()
     if len(files) == 1:
         return blobs.read(*files[0])
     return memoryview(bytearray().join(blobs.read(*file) for file in files))
@@ -165,7 +173,7 @@ def map_blob(blob: Blob, blobs: BlobStore, needed_by: str) -> memoryview:
     """Return a manifest's bytes that are never unpickled: large ones mapped, and verified later (`BlobStore.map`)."""
     if blob.size < MAP_FROM_BYTES:
         return read_blob(blob, blobs)
-    return blobs.map(blob.files(), needed_by)
+    return blobs.map(blob.parts(), needed_by)
 
 
 def seal(manifest: Manifest, key: bytes) -> SignedManifest:

@@ -12,7 +12,7 @@ import gc
 import io
 import pickle
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from nbdurable.checkpoint.manifest import Blob, Group, Manifest, map_blob, read_
 from nbdurable.checkpoint.unsaved import Unsaved
 from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, NotRestorable
 
-__all__ = ["Unsaved", "load", "restore"]
+__all__ = ["Unsaved", "load", "restore", "values"]
 
 
 def load(names: Sequence[str], stream: bytes | memoryview, buffers: Iterable[Any]) -> dict[str, Any]:
@@ -43,30 +43,47 @@ def load(names: Sequence[str], stream: bytes | memoryview, buffers: Iterable[Any
     return values
 
 
-def restore(manifest: Manifest, namespace: dict[str, Any], blobs: BlobStore) -> None:
+def restore(
+    manifest: Manifest,
+    namespace: dict[str, Any],
+    blobs: BlobStore,
+    names: Collection[str] | None = None,
+    *,
+    random: bool = True,
+) -> None:
     """Bind the variables of a verified manifest in a namespace: all of them, or none.
 
     Variables that were not saved become `Unsaved` placeholders; those that the step deleted are deleted;
-    the random generators get their state back. Raises BlobMissing, BlobDamaged and NotRestorable, naming
-    variable and step.
+    the random generators get their state back, if `random`. `names`: bind only these, and delete nothing. Raises
+    BlobMissing, BlobDamaged and NotRestorable, naming variable and step.
     """
-    values: dict[str, Any] = {}
-    with _without_gc(), rebuild.into(namespace):
-        for group in manifest.groups:
-            values |= _load_group(group, manifest.step, blobs)
-        states = (
-            None
-            if manifest.random is None
-            else pickle.loads(_read(manifest.random, "random", manifest.step, blobs))
-        )
+    found = values(manifest, namespace, blobs, names)
+    states = None
+    if random and manifest.random is not None:
+        states = pickle.loads(_read(manifest.random, "random", manifest.step, blobs))
     for variable in manifest.variables:
-        if variable.state == "unsaved":
-            values[variable.name] = Unsaved(variable.name, manifest.step, variable.reason)
-    namespace.update(values)
-    for name in manifest.deleted:
+        if variable.state == "unsaved" and (names is None or variable.name in names):
+            found[variable.name] = Unsaved(variable.name, manifest.step, variable.reason)
+    namespace.update(found)
+    for name in manifest.deleted if names is None else ():
         namespace.pop(name, None)
     if states is not None:
         _set_random(states)
+
+
+def values(
+    manifest: Manifest, namespace: dict[str, Any], blobs: BlobStore, names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Return the saved values of a verified manifest, or only those of `names`, without binding them.
+
+    What they refer to by name is found in `namespace`. A group of variables that share objects is loaded together.
+    """
+    found: dict[str, Any] = {}
+    with _without_gc(), rebuild.into(namespace):
+        for group in manifest.groups:
+            if names is None or not set(group.names).isdisjoint(names):
+                found |= _load_group(group, manifest.step, blobs)
+    return found if names is None else {name: value for name, value in found.items() if name in names}
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from nbdurable.contract import (
     SQL,
     AnswerWait,
     ByRun,
+    Clean,
     ListRuns,
     ListWaits,
     Query,
@@ -276,6 +277,30 @@ def plan(
     print_plan(target, Screen(json=as_json))
 
 
+@app.command(epilog="Example: nbdurable diff 4fb29c1e 77d0a2be:clean")
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="A run, or a step of it as RUN:STEP.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another run or step.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two runs or steps: code, parameters, variables, outputs.
+
+    Values that differ are loaded from their signed checkpoints, in this process.
+    """
+    from nbdurable.checkpoint.compare import lines
+    from nbdurable.kernel.travel import difference
+    from nbdurable.security import load_key
+
+    client = connect()
+    found = difference(client, load_key(client.home), before, after, {"__name__": "__main__"})
+    screen = Screen(json=as_json)
+    if as_json:
+        screen.data(found)
+    else:
+        for line in lines(found):
+            screen.say(line)
+
+
 @app.command(epilog="Example: nbdurable logs -f 4fb29c1e")
 def logs(
     run: RunId,
@@ -409,6 +434,47 @@ def _user() -> str:
 
 
 # The store -------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: nbdurable stats 4fb29c1e")
+def stats(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run, to see its steps and variables.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what takes how much space: runs, steps, variables."""
+    from nbdurable.cli.space import print_space
+
+    print_space(connect(), run, Screen(json=as_json))
+
+
+@app.command(epilog="Example: nbdurable gc --keep-last 10 --keep-for 30d --keep-tagged --dry-run")
+def gc(
+    keep_last: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Keep the newest N runs of each notebook.")
+    ] = None,
+    keep_for: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Keep runs that ended no longer ago, such as 30d.")
+    ] = None,
+    keep_tagged: Annotated[bool, typer.Option("--keep-tagged", help="Keep runs that have a tag.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go, and why.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove checkpoints that no kept run needs; history stays.
+
+    A run is kept by any of the --keep rules, an open one always. Without a rule every run is kept.
+    """
+    from nbdurable.cli.space import clean_up
+    from nbdurable.policies import seconds
+
+    rules = Clean(
+        keep_last=keep_last,
+        keep_for_s=None if keep_for is None else seconds(keep_for),
+        keep_tagged=keep_tagged,
+    )
+    clean_up(connect(), rules, Screen(json=as_json), dry_run=dry_run, ask=not (yes or as_json))
 
 
 @app.command(epilog='Example: nbdurable sql "select status, count(*) from runs group by status"')

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nbdurable.checkpoint.manifest import Manifest, unseal
 from nbdurable.cli.project import connect
-from nbdurable.cli.screen import Line, Screen
+from nbdurable.cli.screen import Line, Screen, warn
 from nbdurable.client import Client
 from nbdurable.contract import CHECKPOINTS, GET_RUN, LIST_RUNS, ByRun, ListRuns
 from nbdurable.errors import NotebookError
@@ -36,7 +36,10 @@ def print_plan(target: str, screen: Screen) -> None:
         cells = _cells_now(notebook, newest)
     else:
         client = connect()
-        newest = client.call(GET_RUN, ByRun(run_id=target))
+        detail = client.call(GET_RUN, ByRun(run_id=target))
+        for sentence in sorted({step.removed for step in detail.steps if step.removed}):
+            warn(("note: ", "yellow"), f"this run can't be resumed: {sentence}")
+        newest = detail
         notebook = Path(newest.notebook)
         if newest.snapshot is not None:
             from nbdurable.runner.notebooks import read_snapshot

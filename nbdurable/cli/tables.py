@@ -90,6 +90,8 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
             for step in run.steps
         ]
         screen.table(("STEP", "STATUS", "RAN", "RESTORED", "TOOK", "REASON"), rows)
+    if removed := {step.removed for step in run.steps if step.removed}:
+        screen.say(("note: ", "yellow"), "; ".join(sorted(removed)))
     variables = [(step.name, found) for step in run.steps for found in step.variables]
     if variables:
         screen.say()

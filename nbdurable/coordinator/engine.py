@@ -15,6 +15,7 @@ from nbdurable.contract import Endpoint
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.driving import Driving
 from nbdurable.coordinator.runs import Runs
+from nbdurable.coordinator.space import Space
 from nbdurable.coordinator.state import Clock
 from nbdurable.coordinator.steps import Steps
 from nbdurable.coordinator.waits import Waits
@@ -57,6 +58,7 @@ class Engine:
             **self._driving.handlers(),
             **Steps(self._core).handlers(),
             **self._waits.handlers(),
+            **Space(self._core).handlers(),
         }
 
     async def answer(self, endpoint: Endpoint[Question, Answer], question: Question) -> Answer:

@@ -39,6 +39,7 @@ class Kind(StrEnum):
     STEP_WAITING = "step_waiting"
     STEP_REPLAY = "step_replay"
     STEP_FAILED = "step_failed"
+    CHECKPOINTS_REMOVED = "checkpoints_removed"
     WAIT_OPENED = "wait_opened"
     WAIT_ANSWERED = "wait_answered"
 
@@ -85,6 +86,7 @@ class StepState:
     variables: list[dict[str, Any]] = field(default_factory=list)
     calls: int = 0
     line: int | None = None
+    removed: str = ""
 
     @property
     def running(self) -> Attempt | None:
@@ -110,6 +112,7 @@ class StepState:
             cell_id=self.cell_id,
             checkpoint_seq=self.checkpoint_seq,
             line=self.line if self.status is StepStatus.WAITING else None,
+            removed=self.removed,
         )
 
     def end(
@@ -149,9 +152,17 @@ class Fold:
         """Take the next event of the run."""
         if event.kind in END_OF_DRIVING:
             self._lose(event)
+        elif event.kind == Kind.CHECKPOINTS_REMOVED:
+            self._remove(event)
         elif event.step is not None and event.kind in _STEP_EVENTS:
             state = self._steps.setdefault(event.step, StepState(event.step))
             _STEP_EVENTS[Kind(event.kind)](state, event)
+
+    def _remove(self, event: Event) -> None:
+        gone = set(event.data["seqs"])
+        for state in self._steps.values():
+            if state.checkpoint_seq in gone:
+                state.removed = event.sentence
 
     def _lose(self, event: Event) -> None:
         for state in self._steps.values():
@@ -189,6 +200,7 @@ def _committed(state: StepState, event: Event) -> None:
     state.committed[event.data["signature"]] = event.seq
     state.status = state.checkpoint = COMMITS[status][1]
     state.checkpoint_seq = event.seq
+    state.removed = ""
     state.variables = event.data["variables"]
     state.calls = int(event.data.get("calls", 0))
     state.line = event.data.get("line")

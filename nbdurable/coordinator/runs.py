@@ -16,7 +16,7 @@ from nbdurable.coordinator.core import Core, fence, hold_deadline, label
 from nbdurable.coordinator.fold import Fold, Kind
 from nbdurable.coordinator.names import new_run_id
 from nbdurable.coordinator.state import Live
-from nbdurable.errors import Conflict, UsageError
+from nbdurable.errors import Conflict, NotRestorable, UsageError
 from nbdurable.lifecycle import Happening
 from nbdurable.models import (
     DriverKind,
@@ -154,6 +154,12 @@ class Runs:
                 raise Conflict(
                     f"run {run.short} has no snapshot of its notebook: it can't go on headless",
                     todo=f"open {run.notebook} and load the extension: it takes the run up",
+                )
+            gone = [step.name for step in (await self._core.fold(live)).steps() if step.removed]
+            if gone:
+                raise NotRestorable(
+                    f"run {run.short} can't go on: the checkpoints of {', '.join(gone)} were removed by a clean-up",
+                    todo=f"start a new run of {run.notebook}",
                 )
             await self._core.commit(live, [self._core.event(resumed, Kind.RUN_RESUMED, reason)], run=resumed)
             return resumed

@@ -13,8 +13,8 @@ from nbdurable.contract import Endpoint
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.fold import COMMITS, Kind, StepState
 from nbdurable.coordinator.state import Live
-from nbdurable.errors import NotFound
-from nbdurable.models import WaitStatus
+from nbdurable.errors import NotFound, NotRestorable
+from nbdurable.models import Run, WaitStatus
 
 
 class Steps:
@@ -31,6 +31,7 @@ class Steps:
             contract.FAIL_STEP: self.fail_step,
             contract.CHECKPOINTS: self.checkpoints,
             contract.GET_STEP: self.get_step,
+            contract.STATE: self.state,
         }
 
     async def begin_step(self, wanted: contract.BeginStep) -> contract.Begun:
@@ -99,13 +100,43 @@ class Steps:
             checkpoints=tuple(await self._core.read(self._core.store.checkpoints, run_id))
         )
 
-    async def get_step(self, wanted: contract.ReadStep) -> contract.StepDetail:
+    async def state(self, wanted: contract.ReadState) -> contract.State:
         run = await self._core.current(wanted.run_id)
+        until = None
+        if wanted.step is None:
+            gone = next((step for step in (await self._core.read_fold(run.id)).steps() if step.removed), None)
+            if gone is not None:
+                raise _removed(run, gone.name, gone.removed)
+        else:
+            found = await self._known(run, wanted.step)
+            until = found.checkpoint_seq
+            if until is None:
+                raise NotRestorable(
+                    f"step `{wanted.step}` of run {run.short} has no checkpoint: it is {found.status}",
+                    todo=f"`nbdurable show {run.short}` lists what each step left",
+                )
+            if found.removed:
+                raise _removed(run, wanted.step, found.removed)
+        checkpoints = await self._core.read(self._core.store.checkpoints, run.id, until)
+        return contract.State(run=run, checkpoints=tuple(checkpoints))
+
+    async def _known(self, run: Run, step: str) -> StepState:
         live = self._core.runs.get(run.id)
         fold = live.fold if live is not None and live.fold is not None else await self._core.read_fold(run.id)
-        state = fold.get(wanted.step)
+        state = fold.get(step)
         if state is None:
             names = ", ".join(step.name for step in fold.steps()) or "none yet"
-            raise NotFound(f"run {run.short} has no step {wanted.step!r}", todo=f"its steps: {names}")
+            raise NotFound(f"run {run.short} has no step {step!r}", todo=f"its steps: {names}")
+        return state
+
+    async def get_step(self, wanted: contract.ReadStep) -> contract.StepDetail:
+        run = await self._core.current(wanted.run_id)
+        state = await self._known(run, wanted.step)
         checkpoint = await self._core.read(self._core.store.checkpoint, run.id, wanted.step)
         return contract.StepDetail(step=state.step(), checkpoint=checkpoint)
+
+
+def _removed(run: Run, step: str, why: str) -> NotRestorable:
+    return NotRestorable(
+        f"step `{step}` of run {run.short} can't be restored: {why}", todo="run the notebook again"
+    )

@@ -231,6 +231,7 @@ class Execution:
             resume_at=resume_at,
             wait_keys=wait_keys,
         )
+        session.blobs.renew(manifest.files())
         session.blobs.sync()
         fault_point("checkpoint-saved")
         signed = seal(manifest, session.key)

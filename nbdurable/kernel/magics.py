@@ -10,8 +10,9 @@ from typing import Any
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 
 from nbdurable import contract
+from nbdurable.checkpoint.compare import lines
 from nbdurable.errors import DurableError, LeaseHeld, UsageError
-from nbdurable.kernel import display
+from nbdurable.kernel import display, travel
 from nbdurable.kernel.foresight import foresee, read_cells
 from nbdurable.kernel.session import Session
 from nbdurable.kernel.step import FRESH
@@ -25,6 +26,8 @@ HELP = """\
 %durable rerun NAME     let the step run when its cell is executed next
 %durable new            end this run and begin a new one: nothing is kept from this one
 %durable takeover       drive the run from this kernel, though another one does
+%durable checkout RUN STEP [NAMES]   bring the variables as of a step of any run into this kernel
+%durable diff RUN [RUN]  what differs between two runs or steps (RUN:STEP); the second one: this run
 %durable runs           the notebook's runs
 %durable help           this"""
 
@@ -55,6 +58,8 @@ class DurableMagics(Magics):  # type: ignore[misc]
             "rerun": self._rerun,
             "new": self._new,
             "takeover": self._takeover,
+            "checkout": self._checkout,
+            "diff": self._diff,
             "runs": self._runs,
             "help": lambda _: HELP,
         }
@@ -154,6 +159,33 @@ class DurableMagics(Magics):  # type: ignore[misc]
             return "this notebook has no open run"
         session.take_up(run, take_over=True)
         return f"this kernel now drives run {run.short}: {_steps(len(session.checkpoints))} kept"
+
+    def _checkout(self, words: list[str]) -> str:
+        if len(words) < 2:
+            raise UsageError(
+                "`%durable checkout` needs a run and a step",
+                todo="`%durable checkout RUN STEP` brings all variables, `… NAME NAME` only some; "
+                "`%durable runs` lists the runs",
+            )
+        run, step, *names = words
+        names = [name for word in names for name in word.split(",") if name]
+        found, bound = travel.checkout(self._session, run, step, names or None)
+        here = display.summary(held.variable for held in bound.values()) or "no variables"
+        lines = [f"⇤ run {found.short} as of step {step} · {here}"]
+        return "\n  ".join([*lines, *display.notices(held.variable for held in bound.values())])
+
+    def _diff(self, words: list[str]) -> str:
+        session = self._session
+        if len(words) == 1 and session.run is not None:
+            words = [*words, session.run.id]
+        if len(words) != 2:
+            raise UsageError(
+                "`%durable diff` needs two runs or steps, or one to compare this run with",
+                todo="write each as RUN or RUN:STEP; `%durable runs` lists the runs",
+            )
+        before, after = words
+        found = travel.difference(session.client, session.key, before, after, session.values)
+        return "\n".join(lines(found))
 
     def _runs(self, _: list[str]) -> str:
         session = self._session

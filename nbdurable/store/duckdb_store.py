@@ -44,7 +44,7 @@ from nbdurable.settings import Home
 from nbdurable.store.database import Database, timestamp
 from nbdurable.store.journal import Journal
 from nbdurable.store.lock import SideLock
-from nbdurable.store.port import Changes, NewEvent, Ticket
+from nbdurable.store.port import Changes, NewEvent, StoredCheckpoint, Ticket
 from nbdurable.store.sql import load
 from nbdurable.telemetry import fault_point
 
@@ -55,6 +55,7 @@ JOURNAL_BYTES = 16 << 20  # at which it begins anew, and its writer waits for th
 IDLE_S = 2.0
 IDLE_BYTES = 4 << 20  # of journal or WAL: worth clearing while nobody waits
 QUERY_S = 30.0
+_PAGE = 500  # manifests in memory at once, while all are read
 _TABLES = "the tables are runs, waits, events, steps and checkpoints; `DESCRIBE runs` helps"
 
 _SQL = load()
@@ -328,9 +329,22 @@ class DuckDBStore:
         names = ("seq", "at", "run_id", "epoch", "kind", "step", "sentence")
         return [Event(**dict(zip(names, row[:-1], strict=True)), data=from_json(row[-1])) for row in rows]
 
-    def checkpoints(self, run_id: str) -> list[Checkpoint]:
-        """Return the latest checkpoint of each step of a run, in order of commitment."""
-        return [_checkpoint(row) for row in self._rows("checkpoints", {"run_id": run_id})]
+    def checkpoints(self, run_id: str, until: int | None = None) -> list[Checkpoint]:
+        """Return the latest checkpoint of each step of a run, in order of commitment, without removed ones.
+
+        `until`: the latest with numbers up to this one.
+        """
+        rows = self._rows("checkpoints", {"run_id": run_id, "until": _INT64 - 1 if until is None else until})
+        return [_checkpoint(row) for row in rows]
+
+    def all_checkpoints(self, run_id: str | None = None) -> Iterator[StoredCheckpoint]:
+        """Yield every checkpoint, of one run or all, that no `checkpoints_removed` event names; in any order."""
+        self._apply()
+        with self._database.cursor() as cursor:
+            cursor.execute(_SQL["all_checkpoints"], {"run_id": run_id})
+            while rows := cursor.fetchmany(_PAGE):
+                for row in rows:
+                    yield StoredCheckpoint(*row)
 
     def checkpoint(self, run_id: str, step: str) -> Checkpoint | None:
         """Return the latest checkpoint of a step."""

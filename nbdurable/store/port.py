@@ -8,7 +8,7 @@ events.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,6 +38,16 @@ class Changes:
     events: Sequence[NewEvent] = ()
     runs: Sequence[Run] = ()
     waits: Sequence[Wait] = ()
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint as clean-up and statistics see it: `text` is its manifest, not verified."""
+
+    run_id: str
+    step: str
+    seq: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -77,10 +87,16 @@ class Store(Protocol):
 
     def events(self, run_id: str, after: int = 0, limit: int = 1000) -> list[Event]: ...
 
-    def checkpoints(self, run_id: str) -> list[Checkpoint]:
-        """Return the latest checkpoint of each step of a run, in order of commitment."""
+    def checkpoints(self, run_id: str, until: int | None = None) -> list[Checkpoint]:
+        """Return the latest checkpoint of each step of a run, in order of commitment, without removed ones.
+
+        `until`: the latest with numbers up to this one.
+        """
 
     def checkpoint(self, run_id: str, step: str) -> Checkpoint | None: ...
+
+    def all_checkpoints(self, run_id: str | None = None) -> Iterator[StoredCheckpoint]:
+        """Yield every checkpoint, of one run or all, that no `checkpoints_removed` event names; in any order."""
 
     def wait(self, wait_id: str) -> Wait | None: ...
 

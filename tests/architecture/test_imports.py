@@ -136,6 +136,7 @@ def test_public_names() -> None:
         "approve",
         "approve_async",
         "current_run",
+        "load",
         "result",
         "sleep",
         "sleep_async",

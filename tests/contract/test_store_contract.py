@@ -479,3 +479,36 @@ def test_a_backup_is_written_while_the_store_is_used(store: Store) -> None:
 def test_errors_are_of_our_tree() -> None:
     """Guarantee 11: what a store raises survives HTTP."""
     assert issubclass(StoreError, DurableError)
+
+
+# Removed checkpoints ---------------------------------------------------------------------------------------
+
+
+def test_a_state_is_read_up_to_a_number_and_without_what_was_removed(reopen: Opener) -> None:
+    """Guarantee 10: the history keeps every event; a removed checkpoint is not handed out any more."""
+    store = reopen()
+    first = put(store, commit("a", text="a1"), commit("b", text="b1"), commit("a", text="a2"))
+    other = put(store, commit("a", text="other", number=2))
+
+    def texts(until: int | None = None) -> list[str]:
+        return [found.manifest.text for found in store.checkpoints(run_id(1), until)]
+
+    assert texts() == ["b1", "a2"]
+    assert texts(first[1]) == ["a1", "b1"]
+    assert texts(first[0]) == ["a1"]
+    assert {(c.run_id, c.step, c.seq, c.text) for c in store.all_checkpoints()} == {
+        (run_id(1), "a", first[0], "a1"),
+        (run_id(1), "b", first[1], "b1"),
+        (run_id(1), "a", first[2], "a2"),
+        (run_id(2), "a", other[0], "other"),
+    }
+
+    put(store, event(1, kind="checkpoints_removed", data={"seqs": [first[1], first[0]], "reason": "r"}))
+    for again in (False, True):
+        store = reopen() if again else store
+        assert texts() == ["a2"]
+        assert texts(first[1]) == []
+        assert store.checkpoint(run_id(1), "b") is None
+        assert [c.text for c in store.all_checkpoints(run_id(1))] == ["a2"]
+        assert len(list(store.all_checkpoints())) == 2
+        assert len(store.events(run_id(1))) == 4

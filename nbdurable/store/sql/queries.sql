@@ -85,12 +85,31 @@ WHERE run_id = $run_id AND seq > $after
 ORDER BY seq LIMIT $limit
 
 -- name: checkpoints
-SELECT run_id, step, status, seq, epoch_us(committed_at) / 1e6, manifest, signature FROM checkpoints
-WHERE run_id = $run_id ORDER BY seq
+SELECT
+    run_id, step, max_by(kind, seq)[6:], max(seq), epoch_us(max_by(occurred_at, seq)) / 1e6,
+    max_by(manifest, seq), max_by(signature, seq)
+FROM events
+WHERE run_id = $run_id AND kind IN ('step_completed', 'step_waiting', 'step_replay') AND seq <= $until
+    AND seq NOT IN (
+        SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events
+        WHERE run_id = $run_id AND kind = 'checkpoints_removed'
+    )
+GROUP BY run_id, step ORDER BY max(seq)
 
 -- name: checkpoint
 SELECT run_id, step, status, seq, epoch_us(committed_at) / 1e6, manifest, signature FROM checkpoints
 WHERE run_id = $run_id AND step = $step
+    AND seq NOT IN (
+        SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events
+        WHERE run_id = $run_id AND kind = 'checkpoints_removed'
+    )
+
+-- name: all_checkpoints
+SELECT run_id, step, seq, manifest FROM events
+WHERE ($run_id IS NULL OR run_id = $run_id) AND kind IN ('step_completed', 'step_waiting', 'step_replay')
+    AND seq NOT IN (
+        SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events WHERE kind = 'checkpoints_removed'
+    )
 
 -- name: wait
 SELECT body FROM waits WHERE id = $1

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,20 @@ def test_mapping_takes_no_memory_until_it_is_touched(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path / "blobs")], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 5 << 20
+
+
+def test_a_blob_found_again_survives_its_removal_at_the_same_moment(tmp_path: Path) -> None:
+    """Guarantees 3, 10: whenever a clean-up and a writer meet over an old blob, it stands once `put` has returned."""
+    blobs, cleaner = LocalBlobs(tmp_path), LocalBlobs(tmp_path)
+    outcomes = set()
+    digest = blobs.put(b"x" * 20_000)
+    for _ in range(200):
+        os.utime(blobs.path(digest), (1.0, 1.0))
+        [file] = cleaner.files()
+        with ThreadPoolExecutor(2) as pool:
+            written = pool.submit(blobs.put, b"x" * 20_000)
+            outcomes.add(pool.submit(cleaner.remove, file, unless_renewed_since=2.0).result())
+            written.result()
+        assert blobs.has(digest)
+        assert len(list(cleaner.files())) == 1, "nothing is left aside"
+    assert outcomes

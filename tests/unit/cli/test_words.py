@@ -31,7 +31,7 @@ def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_commands_are_those_of_the_design() -> None:
     """Issue 2, item 8: these and no fewer."""
-    wanted = "demo up down doctor run ls show plan logs resume cancel waits approve reject sql worker"
+    wanted = "demo up down doctor run ls show plan logs resume cancel waits approve reject sql stats gc diff worker"
     assert sorted(wanted.split()) == COMMANDS
 
 
