@@ -8,18 +8,25 @@ not by Python's stack.
 
 from __future__ import annotations
 
+import copyreg
+import datetime
+import decimal
 import functools
 import mmap
 import sys
 import types
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from marshal import dumps
 from pickle import PickleBuffer
 from typing import Any
 
 from blake3 import blake3
 
+from nbdurable.checkpoint import mapped
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, MAP_FROM_BYTES, digest_of
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     IMMUTABLE_TYPES,
@@ -42,8 +49,12 @@ MAX_DEPTH = 10_000  # pickle gives up long before
 MAX_OBJECTS = 100_000_000
 MAX_OPAQUE = 16  # parts of one value that may be unfingerprintable before the whole value is
 _MARSHAL = 2  # the last version without references to earlier objects: bytes depend on content alone
+_PLAIN = ATOMS | {list, dict, tuple}
+_PLAIN_LEVELS = (
+    64  # bounds the work where a deep or cyclic value turns out not to be plain; marshal nests deeper
+)
+_BATCH = 4096  # items whose bytes are held in memory at a time
 _FLUSH_BYTES = 1 << 16
-_PARALLEL_FROM_BYTES = 4 << 20
 # What Python, `typing`, `abc`, `enum` and pydantic derive from a class's body, or cache in it
 _DERIVED = frozenset(
     """
@@ -90,6 +101,8 @@ class Walk:
         self.memory: set[int] = set()
         self.live: set[str] = set()
         self._position: dict[int, int] = {}
+        self._named: dict[int, tuple[Any, bytes]] = {}  # functions and classes that count by name, kept alive
+        self._scalars: dict[type, bool] = {}
         self._next: int = 0 if outer is None else outer._next
         self._objects = 0
         self._hasher = blake3()
@@ -168,12 +181,17 @@ class Walk:
             self._pending.clear()
 
     def _bulk(self, data: Any) -> None:
-        """Hash many bytes at once, on all processors where it is worth it."""
-        if len(data) >= _PARALLEL_FROM_BYTES:
-            wide = blake3(max_threads=blake3.AUTO)
-            wide.update(data)
-            data = wide.digest()
-        self._hasher.update(data)
+        """Hash many bytes, large ones by the digests of the chunks in which blobs keep them.
+
+        So restored memory to which nobody has written need not be read at all.
+        """
+        if len(data) < MAP_FROM_BYTES:
+            self._hasher.update(data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), BUFFER_CHUNK):
+            digest = mapped.digest_of(view[start : start + BUFFER_CHUNK], digest_of)
+            self._hasher.update(digest.encode())
 
     def _find(self, ident: int) -> int | None:
         walk: Walk | None = self
@@ -196,6 +214,9 @@ class Walk:
         if kind in ATOMS:
             self._emit(b"a", dumps(value, _MARSHAL))
             return None
+        if (named := self._named.get(id(value))) is not None:
+            self._emit(b"g", named[1])
+            return None
         if kind is tuple or kind is frozenset:
             if (frozen := _frozen(value)) is not None:
                 self._emit(b"f", frozen)
@@ -204,13 +225,17 @@ class Walk:
             self._emit(b"m", value.__name__.encode())
             return None
         elif (name := self._name(value, kind)) is not None:
+            self._named[id(value)] = (value, name.encode())
             self._emit(b"g", name.encode())
             return None
         if id(value) in self.opaque:
             self.seen[id(value)] = value
             self._emit(b"o", f"{kind.__module__}.{kind.__qualname__}:{stream_position(value)}".encode())
             return None
-        if isinstance(value, IMMUTABLE_TYPES) or _is_immutable_scalar(value):
+        if (scalar := self._scalars.get(kind)) is None:
+            scalar = isinstance(value, IMMUTABLE_TYPES) or _is_immutable_scalar(value)
+            self._scalars[kind] = scalar
+        if scalar:
             return self._scalar(value)
         if (position := self._find(id(value))) is not None:
             self._emit(b"@", position.to_bytes(8, "little"))
@@ -241,6 +266,10 @@ class Walk:
 
     def _scalar(self, value: Any) -> Parts | None:
         """Hash an immutable object by what it is made of; it has no identity."""
+        kind = type(value)
+        if kind in _SAID_BY_REPR and getattr(value, "tzinfo", None) is None:
+            self._emit(b"sr", f"{kind.__qualname__}{value!r}".encode())
+            return None
         if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # a NumPy scalar
             if value.dtype.names is None and not value.dtype.hasobject:
                 self._emit(b"v", repr(value.dtype).encode() + b"|" + value.tobytes())
@@ -261,20 +290,82 @@ class Walk:
         if set(map(type, value)) <= ATOMS:
             self._emit(tag + b"a", dumps(value, _MARSHAL) if self.hashing else b"")
             return None
+        if type(value) is list and self._plain(value):
+            return None
         self._emit(tag, len(value).to_bytes(8, "little"))
-        return iter(enumerate(value))
+        return self._mixed(enumerate(value))
+
+    def _plain(self, root: list[Any] | dict[Any, Any]) -> bool:
+        """Hash a tree of lists, dicts and atoms at once, level by level; return False if it is no such tree.
+
+        A tree: no list or dict in it is reached twice, or was reached before. So its bytes alone say what it
+        is, and `marshal`, which writes nothing but these exact types here, makes them fast.
+        """
+        level: list[Any] = [root]
+        found: dict[int, Any] = {}
+        for _ in range(_PLAIN_LEVELS):
+            dicts = [item for item in level if type(item) is dict]
+            members = list(chain.from_iterable(item for item in level if type(item) is list))
+            members += chain.from_iterable(map(dict.values, dicts))
+            kinds = set(map(type, members))
+            if not kinds <= _PLAIN or not set(map(type, chain.from_iterable(dicts))) <= ATOMS:
+                return False
+            if tuple in kinds:
+                flat = chain.from_iterable(item for item in members if type(item) is tuple)
+                if not set(map(type, flat)) <= ATOMS:
+                    return False
+            if list not in kinds and dict not in kinds:
+                break
+            level = [item for item in members if type(item) is list or type(item) is dict]
+            size = len(found)
+            found.update(zip(map(id, level), level, strict=True))
+            if len(found) < size + len(level) or id(root) in found:
+                return False
+        else:
+            return False
+        walk: Walk | None = self
+        while walk is not None:
+            if not walk._position.keys().isdisjoint(found):
+                return False
+            walk = walk.outer
+        self.seen.update(found)
+        self._position.update(zip(found, range(self._next, self._next + len(found)), strict=True))
+        self._next += len(found)
+        self._objects += len(found)
+        self._emit(b"p" + type(root).__name__[:1].encode(), len(root).to_bytes(8, "little"))
+        self._atoms(root.items() if isinstance(root, dict) else root)
+        return True
+
+    def _mixed(self, parts: Iterator[Part]) -> Parts:
+        """Hash the atoms among some parts at once, and return the others."""
+        while batch := list(islice(parts, _BATCH)):
+            kinds = [type(item) in ATOMS for _, item in batch]
+            if self.hashing:  # `...` is no atom
+                atoms = [item if known else ... for (_, item), known in zip(batch, kinds, strict=True)]
+                self._emit(b"mx", dumps(atoms, _MARSHAL))
+            for part, known in zip(batch, kinds, strict=True):
+                if not known:
+                    yield part
+
+    def _atoms(self, items: Any) -> None:
+        """Hash what `marshal` writes of items, some at a time: their bytes need not all be in memory."""
+        rest = iter(items if self.hashing else ())
+        while batch := list(islice(rest, _BATCH)):
+            self._emit(b"", dumps(batch, _MARSHAL))
 
     def _dict(self, value: dict[Any, Any]) -> Parts | None:
         if set(map(type, value)) <= ATOMS and set(map(type, value.values())) <= ATOMS:
             self._emit(b"da", dumps(list(value.items()), _MARSHAL) if self.hashing else b"")
             return None
+        if self._plain(value):
+            return None
         self._emit(b"d", len(value).to_bytes(8, "little"))
         return self._items(value.items())
 
     def _items(self, pairs: Any) -> Parts:
-        for key, item in list(pairs):
-            yield "", key
-            yield (key,), item
+        pairs = list(pairs)
+        yield from self._mixed(("", key) for key, _ in pairs)
+        yield from self._mixed(((key,), item) for key, item in pairs)
 
     def _set(self, value: set[Any] | frozenset[Any]) -> Parts | None:
         tag = type(value).__name__.encode()
@@ -408,14 +499,17 @@ class Walk:
             self._emit(b"gl", f"{getattr(value, '__module__', '')}:{reduced}".encode())
             return
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-        self._emit(b"re", len(arguments).to_bytes(8, "little"))
-        yield "", make
+        if make is copyreg.__newobj__ and len(arguments) == 1:  # type: ignore[attr-defined]
+            self._emit(b"ro")
+        else:
+            self._emit(b"re", len(arguments).to_bytes(8, "little"))
+            yield "", make
         for argument in arguments:
             yield "", argument
         yield from self._state(state)
         if items is not None:
             self._emit(b"li")
-            yield from enumerate(items)
+            yield from self._mixed(enumerate(items))
         if pairs is not None:
             self._emit(b"di")
             yield from self._items(pairs)
@@ -430,10 +524,15 @@ class Walk:
             for part in state:
                 yield from self._state(part)
         elif type(state) is dict:
+            if set(map(type, state.values())) <= ATOMS and set(map(type, state)) <= ATOMS:
+                self._emit(b"sa", dumps(list(state.items()), _MARSHAL) if self.hashing else b"")
+                return
             self._emit(b"sd", len(state).to_bytes(8, "little"))
-            for key, item in list(state.items()):
-                yield "", key
-                yield (f".{key}" if isinstance(key, str) else (key,)), item
+            pairs = list(state.items())
+            yield from self._mixed(("", key) for key, _ in pairs)
+            yield from self._mixed(
+                (f".{key}" if isinstance(key, str) else (key,), item) for key, item in pairs
+            )
         else:
             self._emit(b"s")
             yield "", state
@@ -449,7 +548,12 @@ class Walk:
         if dtype.names is not None:  # field by field: padding is garbage
             return ((f"[{name!r}]", array[name]) for name in dtype.names)
         if dtype.hasobject:
-            return iter(enumerate(array.ravel().tolist()))
+            items = array.ravel().tolist()
+            if not set(map(type, items)) <= ATOMS:
+                return iter(enumerate(items))
+            self._emit(b"oa")
+            self._atoms(items)
+            return None
         if self.hashing and array.size:
             flat = array.ravel()  # a view where it is contiguous
             self._emit(b"nb", memoryview(flat.view("u1")))
@@ -560,9 +664,11 @@ class Walk:
         else:
             return NotImplemented
         self._emit(b"ar", type(value).__qualname__.encode())
-        if self.hashing:
-            with arrow.ipc.new_stream(arrow.PythonFile(_Sink(self), mode="w"), table.schema) as stream:
-                stream.write_table(table.combine_chunks())
+        self._emit(b"as", bytes(table.schema.serialize()))
+        for column in table.columns if self.hashing else ():
+            whole = arrow.table({"": _compact(column, arrow)})
+            with arrow.ipc.new_stream(arrow.PythonFile(_Sink(self), mode="w"), whole.schema) as stream:
+                stream.write_table(whole)
         return None
 
     def _polars(self, value: Any, polars: Any) -> Any:
@@ -574,9 +680,45 @@ class Walk:
             frame = value.to_frame()
         else:
             return NotImplemented
-        # codes of categories depend on what the process saw before
-        frame = frame.with_columns(polars.col(polars.Categorical).cast(polars.String))
-        return self._arrow(frame.to_arrow(), sys.modules["pyarrow"])
+        for column in (
+            frame.get_columns() if self.hashing else ()
+        ):  # Arrow's strings are a copy: one at a time
+            if column.dtype == polars.Categorical:  # its codes depend on what the process saw before
+                column = column.cast(polars.String)
+            self._arrow(column.to_frame().to_arrow(), sys.modules["pyarrow"])
+        return None
+
+
+def _compact(column: Any, arrow: Any) -> Any:
+    """Return an Arrow column as one array without anything in its buffers but its own values.
+
+    Arrow writes what stands in the buffers beyond a slice as well, up to the next eight bytes.
+    """
+    kinds = arrow.types
+    if kinds.is_string_view(column.type) or kinds.is_binary_view(column.type):
+        column = column.cast(
+            arrow.large_string() if kinds.is_string_view(column.type) else arrow.large_binary()
+        )
+    if column.num_chunks == 1 and _fills_its_buffers(column.chunk(0), kinds):
+        return column
+    empty = column.chunk(0).slice(0, 0) if column.num_chunks else arrow.array([], column.type)
+    try:
+        return arrow.concat_arrays([*column.chunks, empty])
+    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError):  # offsets of 32 bits would overflow
+        return column.combine_chunks()
+
+
+def _fills_its_buffers(array: Any, kinds: Any) -> bool:
+    kind = array.type
+    if kinds.is_string(kind) or kinds.is_binary(kind):
+        beyond = 4  # there is one offset more than there are values
+    elif kinds.is_large_string(kind) or kinds.is_large_binary(kind):
+        beyond = 8
+    elif kinds.is_primitive(kind) and not kinds.is_boolean(kind):
+        beyond = 0
+    else:
+        return False
+    return not array.offset and array.get_total_buffer_size() == array.nbytes + beyond
 
 
 class _Sink:
@@ -662,6 +804,9 @@ def _frozen(value: Any) -> bytes | None:
 
 
 _FROZEN = ATOMS | {tuple, frozenset}
+_SAID_BY_REPR = frozenset(
+    {datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID}
+)
 
 
 def code_bytes(code: types.CodeType) -> bytes:

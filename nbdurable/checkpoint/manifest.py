@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
+from itertools import islice
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from nbdurable.checkpoint.blobs import BlobStore, digest_of
+from nbdurable.checkpoint.blobs import MAP_FROM_BYTES, BlobStore, digest_of
 from nbdurable.errors import BlobDamaged, CheckpointError
 from nbdurable.models import Shape, SignedManifest, Variable
 from nbdurable.security import sign, verify
 
 FORMAT = 1
 INLINE_BYTES = 16 << 10  # at most; larger contents are files
+STREAM_CHUNK = 256 << 10  # of pickles: what is appended to a list leaves the chunks before it as they were
 
 
 class InputFact(Shape):
@@ -50,15 +53,31 @@ class CodeFacts(Shape):
 
 
 class Blob(Shape):
-    """Bytes of a checkpoint: a file of the blob store, or base64 inside the manifest."""
+    """Bytes of a checkpoint: a file of the blob store, several of them, or base64 inside the manifest.
+
+    `digest` names the content; that of several files is the digest of theirs. Use `files` to know which
+    blobs of the store it needs.
+    """
 
     digest: str
     size: int
     inline: str | None = None
+    chunk: int = 0  # size in bytes of each chunk but the last
+    chunks: tuple[str, ...] = ()  # their digests, where there are several
+
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """Return (digest, size in bytes) of the blobs of the store that hold it, in order."""
+        if self.inline is not None:
+            return ()
+        if not self.chunks:
+            return ((self.digest, self.size),)
+        last = self.size - self.chunk * (len(self.chunks) - 1)
+        sizes = [self.chunk] * (len(self.chunks) - 1) + [last]
+        return tuple(zip(self.chunks, sizes, strict=True))
 
     def files(self) -> tuple[str, ...]:
         """Return the digests of the files that hold these bytes; none where they are inside the manifest."""
-        return () if self.inline is not None else (self.digest,)
+        return tuple(digest for digest, _ in self.parts())
 
 
 class Group(Shape):
@@ -104,22 +123,57 @@ class Manifest(Shape):
 
 def put_blob(data: bytes | memoryview, blobs: BlobStore) -> Blob:
     """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`)."""
-    view = memoryview(data).cast("B")
-    if len(view) <= INLINE_BYTES:
-        return Blob(digest=digest_of(view), size=len(view), inline=base64.b64encode(view).decode())
-    return Blob(digest=blobs.put(view), size=len(view))
+    return put_blobs([(data, STREAM_CHUNK)], blobs)[0]
+
+
+def put_blobs(contents: Sequence[tuple[bytes | memoryview, int]], blobs: BlobStore) -> list[Blob]:
+    """Keep contents, given with the size in bytes of their chunks, as `put_blob` does, all at once.
+
+    More than a chunk becomes several files, of which those that stand already are not written again.
+    """
+    views = [(memoryview(data).cast("B"), chunk) for data, chunk in contents]
+    pieces = [
+        view[start : start + chunk]
+        for view, chunk in views
+        if len(view) > INLINE_BYTES
+        for start in range(0, len(view), chunk)
+    ]
+    digests = iter(blobs.put_all(pieces))
+    kept = []
+    for view, chunk in views:
+        if len(view) <= INLINE_BYTES:
+            inline = base64.b64encode(view).decode()
+            kept.append(Blob(digest=digest_of(view), size=len(view), inline=inline))
+            continue
+        own = tuple(islice(digests, -(-len(view) // chunk)))
+        if len(own) == 1:
+            kept.append(Blob(digest=own[0], size=len(view)))
+        else:
+            whole = digest_of("".join(own).encode())
+            kept.append(Blob(digest=whole, size=len(view), chunk=chunk, chunks=own))
+    return kept
 
 
 def read_blob(blob: Blob, blobs: BlobStore) -> memoryview:
     """Return a manifest's bytes, verified; raises BlobMissing, BlobDamaged."""
-    if blob.inline is None:
-        return blobs.read(blob.digest, blob.size)
-    data = bytearray(base64.b64decode(blob.inline))
-    if len(data) != blob.size or digest_of(data) != blob.digest:
-        raise BlobDamaged(
-            f"the inlined blob {blob.digest} is not what was written", todo="run the step again"
-        )
-    return memoryview(data)
+    if blob.inline is not None:
+        data = bytearray(base64.b64decode(blob.inline))
+        if len(data) != blob.size or digest_of(data) != blob.digest:
+            raise BlobDamaged(
+                f"the inlined blob {blob.digest} is not what was written", todo="run the step again"
+            )
+        return memoryview(data)
+    files = blob.parts()
+    if len(files) == 1:
+        return blobs.read(*files[0])
+    return memoryview(bytearray().join(blobs.read(*file) for file in files))
+
+
+def map_blob(blob: Blob, blobs: BlobStore, needed_by: str) -> memoryview:
+    """Return a manifest's bytes that are never unpickled: large ones mapped, and verified later (`BlobStore.map`)."""
+    if blob.size < MAP_FROM_BYTES:
+        return read_blob(blob, blobs)
+    return blobs.map(blob.parts(), needed_by)
 
 
 def seal(manifest: Manifest, key: bytes) -> SignedManifest:

@@ -160,9 +160,11 @@ def reduce_value(value: Any) -> Any:
 
     Raises whatever the object's own `__reduce_ex__` raises, and Unsaveable for what pickle would get wrong.
     """
-    if (trouble := unsaveable(value)) is not None:
-        raise trouble
     kind = type(value)
+    if kind not in _SAVEABLE:
+        if (trouble := unsaveable(value)) is not None:
+            raise trouble
+        _SAVEABLE.add(kind)
     special = copyreg.dispatch_table.get(kind)
     had_slotnames = "__slotnames__" in kind.__dict__
     try:
@@ -183,8 +185,14 @@ _WEAK = (weakref.ReferenceType, weakref.WeakSet, weakref.WeakKeyDictionary, weak
 _LOCKS = ("lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "Event")
 
 
+_SAVEABLE: weakref.WeakSet[type] = weakref.WeakSet()  # types of which `unsaveable` knows nothing bad
+
+
 def unsaveable(value: Any) -> Unsaveable | None:
-    """Say why a single object (not its parts) can't be saved, where that is known; None: pickle decides."""
+    """Say why a single object (not its parts) can't be saved, where that is known; None: pickle decides.
+
+    Whether there is an answer depends on the object's type alone.
+    """
     kind = type(value)
     if isinstance(value, io.IOBase) and not isinstance(value, io.BytesIO | io.StringIO):
         name = getattr(value, "name", None)

@@ -115,3 +115,15 @@ def array_view(
     if not writeable:
         made.flags.writeable = False
     return made
+
+
+def polars_frame(table: Any) -> Any:
+    """Make a polars frame over the memory of an Arrow table."""
+    import polars
+
+    return polars.from_arrow(table, rechunk=False)
+
+
+def polars_series(table: Any) -> Any:
+    """Make a polars series over the memory of an Arrow table of one column."""
+    return polars_frame(table).to_series(0)

@@ -1,7 +1,9 @@
 """Restoring: a checkpoint's variables, put back into a namespace.
 
 Owns the only unpickling there is. It takes a manifest whose signature was verified (`manifest.unseal`), and
-bytes whose digests are verified here. All values are loaded before the first name is bound.
+pickles whose digests are verified here. Large buffers of data (arrays, columns) are mapped, not read: they are
+verified in size here, and in content behind the notebook's back (`blobs.LocalBlobs`). All values are loaded
+before the first name is bound.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 from nbdurable.checkpoint import rebuild
 from nbdurable.checkpoint.analysis import remember_sources
 from nbdurable.checkpoint.blobs import BlobStore
-from nbdurable.checkpoint.manifest import Blob, Group, Manifest, read_blob
+from nbdurable.checkpoint.manifest import Blob, Group, Manifest, map_blob, read_blob
 from nbdurable.checkpoint.unsaved import Unsaved
 from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, NotRestorable
 
@@ -99,7 +101,7 @@ def _without_gc() -> Iterator[None]:
 def _load_group(group: Group, step: str, blobs: BlobStore) -> dict[str, Any]:
     names = ", ".join(group.names)
     stream = _read(group.stream, names, step, blobs)
-    buffers = [_read(blob, names, step, blobs) for blob in group.buffers]
+    buffers = [_map(blob, names, step, blobs) for blob in group.buffers]
     try:
         return load(group.names, stream, buffers)
     except Exception as error:
@@ -112,8 +114,20 @@ def _load_group(group: Group, step: str, blobs: BlobStore) -> dict[str, Any]:
 
 
 def _read(blob: Blob, names: str, step: str, blobs: BlobStore) -> memoryview:
-    try:
+    with _naming(names, step):
         return read_blob(blob, blobs)
+
+
+def _map(blob: Blob, names: str, step: str, blobs: BlobStore) -> memoryview:
+    with _naming(names, step):
+        return map_blob(blob, blobs, f"step `{step}` needs it for `{names}`")
+
+
+@contextmanager
+def _naming(names: str, step: str) -> Iterator[None]:
+    """Say in errors of blobs which variables need them."""
+    try:
+        yield
     except (BlobMissing, BlobDamaged) as error:
         raise type(error)(
             f"{error.message}; step `{step}` needs it for `{names}`", todo=error.todo

@@ -7,6 +7,7 @@ commits the manifest.
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import functools
 import io
@@ -20,13 +21,14 @@ import weakref
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import cloudpickle
 
 from nbdurable.checkpoint import rebuild
 from nbdurable.checkpoint.analysis import source_of_code
-from nbdurable.checkpoint.blobs import BlobStore
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, BlobStore
 from nbdurable.checkpoint.fingerprint import (
     Unfingerprintable,
     Walk,
@@ -35,7 +37,7 @@ from nbdurable.checkpoint.fingerprint import (
     memory_owner,
     reach,
 )
-from nbdurable.checkpoint.manifest import Blob, Group, put_blob
+from nbdurable.checkpoint.manifest import STREAM_CHUNK, Blob, Group, put_blob, put_blobs
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     LruCacheWrapper,
@@ -89,15 +91,15 @@ def save(
         warnings.simplefilter("ignore")
         job = _Job(namespace, names, fingerprints or {}, verify)
         packs = job.packs()
+    contents: list[tuple[bytes | memoryview, int]] = []
+    for pack in packs:
+        contents.append((pack.stream, STREAM_CHUNK))
+        contents += [(buffer, BUFFER_CHUNK) for buffer in pack.buffers]
+    kept = iter(put_blobs(contents, blobs))
     groups, variables, digests = [], list(job.refused.values()), {}
     for pack in packs:
-        groups.append(
-            Group(
-                names=pack.names,
-                stream=put_blob(pack.stream, blobs),
-                buffers=tuple(put_blob(buffer, blobs) for buffer in pack.buffers),
-            )
-        )
+        stream, buffers = next(kept), tuple(islice(kept, len(pack.buffers)))
+        groups.append(Group(names=pack.names, stream=stream, buffers=buffers))
         for name in pack.names:
             kind, shape, preview = describe(namespace[name])
             variables.append(
@@ -363,6 +365,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._array(obj)
         if package == "pyarrow" and isinstance(obj, sys.modules["pyarrow"].Array):
             return _trimmed(obj)
+        if package == "pandas" and type(getattr(obj, "_pa_array", None)).__module__ == "pyarrow.lib":
+            return _uncombined(obj)
+        if package == "polars" and (reduced := _through_arrow(obj)) is not None:
+            return reduced
         return super().reducer_override(obj)
 
     def _live(self, obj: Any) -> Any:
@@ -531,3 +537,40 @@ def _trimmed(array: Any) -> Any:
         stream.write_batch(batch)
     compact = arrow.ipc.open_stream(sink.getvalue()).read_next_batch().column(0)
     return compact.__reduce__()
+
+
+def _uncombined(array: Any) -> Any:
+    """Reduce a pandas column on Arrow as pandas does, without the copy of its memory that it makes for that."""
+    getstate = getattr(type(array).__getstate__, "__module__", None)
+    if array._pa_array.num_chunks != 1 or getstate != "pandas.core.arrays.arrow.array":
+        return NotImplemented
+    state = {**array.__dict__, "_pa_array": array._pa_array.chunk(0)}
+    if "_cache" in state:
+        state["_cache"] = {}
+    return copyreg.__newobj__, (type(array),), state  # type: ignore[attr-defined]
+
+
+_ARROW_HOLDS = frozenset(
+    "Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float32 Float64 Boolean String Binary "  # noqa: SIM905
+    "Date Time Datetime Duration".split()
+)
+
+
+def _through_arrow(value: Any) -> Any:
+    """Reduce a large polars frame or series to an Arrow table, whose buffers are its own memory.
+
+    None where polars' own pickle, which copies all into one stream, must do: columns that Arrow can't hold
+    without a change.
+    """
+    polars = sys.modules["polars"]
+    if type(value) is polars.DataFrame:
+        frame, make = value, rebuild.polars_frame
+    elif type(value) is polars.Series:
+        frame, make = value.to_frame(), rebuild.polars_series
+    else:
+        return None
+    if frame.estimated_size() < OUT_OF_BAND_BYTES:
+        return None
+    if not {dtype.base_type().__name__ for dtype in frame.dtypes} <= _ARROW_HOLDS:
+        return None
+    return make, (frame.to_arrow(compat_level=polars.CompatLevel.newest()),)

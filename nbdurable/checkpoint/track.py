@@ -69,7 +69,13 @@ class Changes:
 
 
 class Tracker:
-    """Compares a namespace before and after a cell. `ignore` says which further names are not the user's."""
+    """Compares a namespace before and after a cell. `ignore` says which further names are not the user's.
+
+    Every variable is looked at before and after, since any code may reach any object: through a callback that
+    a library holds, a thread, `globals()`. What is not looked at again is what can't have changed: an object
+    that is immutable all through and still is the same one, and restored memory (`checkpoint/mapped.py`) of
+    which the system says that nobody has written to it.
+    """
 
     def __init__(
         self, namespace: Mapping[str, Any], ignore: Callable[[str], bool] = lambda name: False
@@ -88,7 +94,10 @@ class Tracker:
                 (name, value) for name, value in list(self._namespace.items()) if self.is_users(name)
             ]
             seen = {name: self._look(name, value) for name, value in variables}
-        self._constant = {name: item for name, item in seen.items() if immutable(item.value())}
+        known = self._constant
+        self._constant = {
+            name: item for name, item in seen.items() if known.get(name) is item or immutable(item.value())
+        }
         return Snapshot(seen, _random_states())
 
     def changes(self, before: Snapshot, mentioned: Collection[str] = ()) -> Changes:

@@ -117,6 +117,10 @@ class Steps:
         if execution is None:
             if cell.names is not None:
                 self.session.origins.plain_cell(cell.names, cell.digest, label_of(cell.source))
+                try:  # in front of a person what it showed is taken back later, if need be
+                    self.session.blobs.settle(wait=self.session.headless)
+                except DurableError as trouble:
+                    self._turn_into_error(result, trouble)
             return
         execution.stop()
         error = None if result is None else result.error_before_exec or result.error_in_exec

@@ -115,6 +115,34 @@ def test_a_truncated_blob_is_refused(kernel: Kernel, home_of_kernel: Home) -> No
     assert kernel.value("len(big)") == str(256 * 401)
 
 
+def test_nothing_is_built_on_a_damaged_array(kernel: Kernel, home_of_kernel: Home) -> None:
+    """Guarantee 7: a large array is mapped before it is verified; what was made of damaged bytes is not committed."""
+    cell = "%%step whole\nimport numpy as np\nbig = np.arange(400_000)"
+    before = set(home_of_kernel.blobs.rglob("*"))
+    assert "✓ whole" in kernel.run(cell, "c").notes
+    [blob] = [path for path in set(home_of_kernel.blobs.rglob("*")) - before if path.is_file()]
+    content = bytearray(blob.read_bytes())
+    content[0] ^= 1
+    blob.unlink()
+    blob.write_bytes(content)
+    kernel.restart()
+    kernel.run(LOAD)
+    assert "↺ whole" in kernel.run(cell, "c").notes
+    said = refused(kernel.run("%%step total\ntotal = int(big.sum())", "t"), "BlobDamaged")
+    assert blob.name in said
+    assert "step `whole` needs it for `big`" in said
+    assert "%durable rerun" in said
+    refused(kernel.run("print(total)"), "BlobDamaged")  # plain cells say it too, once it is known
+
+    kernel.run("%durable rerun whole")
+    assert "✓ whole" in kernel.run(cell, "c").notes
+    assert "✓ total" in kernel.run("%%step total\ntotal = int(big.sum())", "t").notes
+    kernel.restart()
+    kernel.run(LOAD)
+    kernel.run(cell, "c")
+    assert kernel.value("int(big.sum())") == str(sum(range(400_000)))
+
+
 def test_a_coordinator_that_refuses_is_told_in_the_kernel(kernel: Kernel, home_of_kernel: Home) -> None:
     """A replaced token: what is wrong and the command that mends it; put back, the run goes on."""
     assert "✓ a" in kernel.run("%%step a\nx = 1", "a").notes

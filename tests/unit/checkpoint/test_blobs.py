@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdurable.checkpoint import mapped
 from nbdurable.checkpoint.blobs import MAP_FROM_BYTES, LocalBlobs
 from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, StoreFull
 
@@ -137,6 +138,131 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "blobs").write_text("I am a file")
     with pytest.raises(CheckpointError, match="blobs"):
         LocalBlobs(tmp_path / "blobs").put(b"x")
+
+
+CHUNK = 1 << 20
+
+
+def _parts(blobs: LocalBlobs, data: bytes) -> list[tuple[str, int]]:
+    pieces = [memoryview(data)[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+    return [(digest, len(piece)) for digest, piece in zip(blobs.put_all(pieces), pieces, strict=True)]
+
+
+def _spoil(blobs: LocalBlobs, digest: str, data: bytes) -> None:
+    path = blobs.path(digest)
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [1, CHUNK, CHUNK + 1, 5 * CHUNK - 7])
+def test_chunks_are_mapped_side_by_side(blobs: LocalBlobs, size: int) -> None:
+    """Guarantees 7 and 10: one piece of memory, writable, without effect on the blobs; unlinking does not matter."""
+    data = os.urandom(size)
+    parts = _parts(blobs, data)
+    view = LocalBlobs(blobs.root).map(parts, "x")
+    again = blobs.map(parts, "x")
+    view[0] ^= 1
+    view[-1] ^= 2
+    assert bytes(again) == data
+    for digest, _ in parts:
+        blobs.path(digest).unlink()
+    assert bytes(again) == data
+    assert bytes(view[1:-1]) == data[1:-1]
+
+
+def test_the_same_chunks_are_written_once(blobs: LocalBlobs) -> None:
+    """What did not change costs no space, also where the writers work side by side."""
+    piece = memoryview(os.urandom(CHUNK))
+    assert len(set(blobs.put_all([piece] * 20))) == 1
+    assert len([path for path in blobs.root.rglob("*") if path.is_file()]) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncate", "grow", "empty", "missing"])
+def test_a_chunk_of_another_size_is_refused_before_it_is_mapped(blobs: LocalBlobs, damage: str) -> None:
+    """Guarantees 8 and 11: a mapped file that is too short would kill the kernel where it is read."""
+    data = os.urandom(3 * CHUNK)
+    parts = _parts(blobs, data)
+    digest = parts[1][0]
+    if damage == "missing":
+        blobs.path(digest).unlink()
+    else:
+        _spoil(blobs, digest, {"truncate": data[:99], "grow": data, "empty": b""}[damage])
+    with pytest.raises(BlobMissing if damage == "missing" else BlobDamaged, match=digest) as error:
+        blobs.map(parts, "x")
+    assert error.value.todo
+
+
+def test_damaged_memory_keeps_commits_away_until_it_is_gone(
+    blobs: LocalBlobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guarantee 7: bytes that flipped on disk are found behind the notebook's back, and nothing is built on them."""
+    data = os.urandom(3 * CHUNK)
+    parts = _parts(blobs, data)
+    _spoil(blobs, parts[2][0], bytes(CHUNK))
+    fresh = LocalBlobs(blobs.root)
+    view = fresh.map(parts, "step `train` needs it for `big`")
+    for _ in range(2):
+        with pytest.raises(BlobDamaged, match="step `train` needs it for `big`") as error:
+            fresh.sync()
+        assert parts[2][0] in str(error.value)
+    del error
+    assert "`train`" in caplog.text  # said when it was found, not only when something is committed
+    del view
+    fresh.sync()
+
+    assert fresh.put(memoryview(data)[2 * CHUNK :]) == parts[2][0]  # putting the bytes again mends it
+    mended = fresh.map(parts, "x")
+    fresh.sync()
+    assert bytes(mended) == data
+
+
+def test_what_was_mapped_and_verified_is_not_read_again_to_be_kept(blobs: LocalBlobs) -> None:
+    """A restored value that did not change costs one pass over memory, none over the disk."""
+    parts = _parts(blobs, os.urandom(2 * CHUNK))
+    fresh = LocalBlobs(blobs.root)
+    fresh.map(parts, "x")
+    fresh.sync()
+    assert {digest for digest, _ in parts} <= fresh._verified
+
+
+def test_without_mapping_all_is_read_and_verified_at_once(
+    blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guarantee 8, on systems that can't map side by side."""
+    monkeypatch.setattr(mapped, "_CAN_MAP", False)
+    data = os.urandom(2 * CHUNK + 5)
+    parts = _parts(blobs, data)
+    assert bytes(blobs.map(parts, "x")) == data
+    _spoil(blobs, parts[0][0], bytes(CHUNK))
+    with pytest.raises(BlobDamaged, match=parts[0][0]):
+        blobs.map(parts, "x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages by /proc")
+def test_mapping_takes_no_memory_until_it_is_touched(tmp_path: Path) -> None:
+    """A notebook with gigabytes of checkpoints is ready at once."""
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from nbdurable.checkpoint.blobs import LocalBlobs\n"
+        "def resident():\n"
+        "    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')\n"
+        "blobs = LocalBlobs(Path(sys.argv[1]))\n"
+        "data = os.urandom(16 << 20)\n"
+        "parts = [(digest, 8 << 20) for digest in blobs.put_all([memoryview(data)[: 8 << 20]] * 8)]\n"
+        "del data\n"
+        "before = resident()\n"
+        "view = blobs.map(parts, 'x')\n"
+        "blobs.sync()\n"
+        "assert len(view) == 64 << 20\n"
+        "print(resident() - before)\n"
+        "sum(view[:: 4096])\n"
+        "assert resident() - before >= 60 << 20\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "blobs")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 5 << 20
 
 
 def test_a_blob_found_again_survives_its_removal_at_the_same_moment(tmp_path: Path) -> None:

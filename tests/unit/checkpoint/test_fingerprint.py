@@ -265,3 +265,97 @@ def test_the_rest_of_a_partly_closed_value_still_counts(tmp_path: Path) -> None:
 def test_only_what_cannot_change_is_remembered(value: Any, expected: bool) -> None:
     """A remembered fingerprint must stay true."""
     assert immutable(value) is expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        "pa.array([f'text {i}' for i in range(100)])",
+        "pa.array([f'text {i}' for i in range(100)], pa.large_string())",
+        "pa.array([f'a long text {i}' for i in range(100)], pa.string_view())",
+        "pa.array([i % 3 == 0 for i in range(100)])",
+        "pa.array([None if i % 7 == 0 else i for i in range(100)], pa.int16())",
+        "pa.array([[i] * (i % 3) for i in range(100)])",
+        "pa.array([{'a': str(i)} for i in range(100)])",
+        "pa.array([str(i % 4) for i in range(100)]).dictionary_encode()",
+    ],
+)
+@pytest.mark.parametrize("part", [(0, 97), (5, 95), (3, 40), (16, 0)])
+def test_arrow_counts_by_its_values(make: str, part: tuple[int, int]) -> None:
+    """Guarantee 7: a slice is what its values are, whatever stands beside them in memory."""
+    import pyarrow as pa
+
+    whole = eval(make, {"pa": pa})
+    sliced = whole.slice(*part)
+    assert fingerprint(sliced) == fingerprint(pa.concat_arrays([sliced, sliced.slice(0, 0)]))
+    chunked = pa.chunked_array([sliced.slice(0, 2), sliced.slice(2)], whole.type)
+    assert fingerprint(chunked) == fingerprint(pa.chunked_array([sliced]))
+    assert fingerprint(sliced) != fingerprint(whole)
+    if not isinstance(whole, pa.DictionaryArray):
+        assert fingerprint(sliced) == fingerprint(pa.array(sliced.to_pylist(), whole.type))
+
+
+def _tree(count: int = 3) -> list[Any]:
+    return [{"i": i, "t": ["x", [i]], "p": (i, "y")} for i in range(count)]
+
+
+def _with_shared(value: list[Any], *, apart: bool) -> list[Any]:
+    inner = copy.deepcopy(value[1]["t"]) if apart else value[1]["t"]
+    return [value, {1, 2}, inner]  # the set makes the whole no tree, so the parts are looked at one by one
+
+
+# id: two values that look alike; the fast way through plain trees must tell them apart
+TREES: dict[str, tuple[Any, Any]] = {
+    "a member shared within": ([(x := [1]), x, [2, [3]]], [[1], [1], [2, [3]]]),
+    "shared at different depths": ([(y := {"a": [1]}), [y]], [{"a": [1]}, [{"a": [1]}]]),
+    "shared from outside": (_with_shared(_tree(), apart=False), _with_shared(_tree(), apart=True)),
+    "another member shared": ([(t := _tree()), {1}, t[0]], [(u := _tree()), {1}, u[2]]),
+    "bool and int": ([[1], [True]], [[1], [1]]),
+    "int and float": ([[1], {"a": 1}], [[1], {"a": 1.0}]),
+    "zeros": ([[0.0]], [[-0.0]]),
+    "bytes and text": ([["a"]], [[b"a"]]),
+    "list and tuple": ([[1], (2,)], [[1], [2]]),
+    "order of a dict": ([{"a": [1], "b": [2]}], [{"b": [2], "a": [1]}]),
+    "key and value": ([{"a": [], "b": "c"}], [{"b": [], "a": "c"}]),
+    "borders of lists": ([[1, [2]], [3]], [[1], [[2], 3]]),
+    "behind the first batch": ([[i] for i in range(9000)], [[i if i != 8999 else 0] for i in range(9000)]),
+    "an object among atoms": ([1, {3}, None], [1, None, {3}]),
+    "an ellipsis among atoms": ([1, ..., {3}], [1, None, {3}]),
+    "bytes and bytearray": ([[b"a"]], [[bytearray(b"a")]]),
+    "list and subclass": ([[1]], [type("L", (list,), {})([1])]),
+}
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_the_fast_way_tells_trees_apart(case: str) -> None:
+    """Guarantee 7: values, types, order and sharing count, however they are walked."""
+    one, other = TREES[case]
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(copy.deepcopy(one))
+    assert fingerprint(other) == fingerprint(copy.deepcopy(other))
+
+
+def test_a_tree_that_leads_back_to_itself_ends_soon() -> None:
+    """Bad input: each level would be twice as wide as the one before."""
+    value: list[Any] = []
+    value += [value, value]
+    twin: list[Any] = []
+    twin += [twin, twin]
+    assert fingerprint(value) == fingerprint(twin)
+    ladder: list[Any] = [1]
+    for _ in range(200):
+        ladder = [ladder, ladder]
+    assert fingerprint(ladder) == fingerprint(copy.deepcopy(ladder))
+
+
+def test_a_dict_of_an_object_counts_by_its_order_of_insertion() -> None:
+    """The position of what is shared must not depend on how Python lays out the attributes of a class."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.first, self.second = [1], [2]
+
+    late = Holder.__new__(Holder)
+    late.second, late.first = [2], [1]
+    plain = {"second": (second := [2]), "first": [1]}
+    assert fingerprint([vars(late), {1}, late.second]) == fingerprint([plain, {1}, second])

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from nbdurable.checkpoint.blobs import LocalBlobs
-from nbdurable.checkpoint.manifest import INLINE_BYTES, CodeFacts, Manifest, put_blob, read_blob, seal, unseal
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, LocalBlobs
+from nbdurable.checkpoint.manifest import (
+    INLINE_BYTES,
+    STREAM_CHUNK,
+    CodeFacts,
+    Manifest,
+    map_blob,
+    put_blob,
+    read_blob,
+    seal,
+    unseal,
+)
 from nbdurable.errors import BadSignature, BlobDamaged, CheckpointError
 from nbdurable.models import SignedManifest
 from nbdurable.security import sign
@@ -74,3 +85,56 @@ def test_a_pickle_bomb_in_a_tampered_manifest_does_not_go_off(tmp_path: Path) ->
 
     cells.restore(seal(altered, KEY))  # the bomb is a real one
     assert mark.exists()
+
+
+def _written(root: Path, before: set[Path]) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and path not in before)
+
+
+def _files(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", [STREAM_CHUNK, STREAM_CHUNK + 1, 5 * STREAM_CHUNK])
+def test_large_contents_are_kept_in_chunks(tmp_path: Path, size: int) -> None:
+    """Guarantees 7 and 8: they come back whole and verified, and the manifest names every file."""
+    blobs = LocalBlobs(tmp_path)
+    data = os.urandom(size)
+    blob = put_blob(data, blobs)
+    assert bytes(read_blob(blob, blobs)) == bytes(map_blob(blob, blobs, "x")) == data
+    assert set(blob.files()) == {path.name for path in _files(tmp_path)}
+    assert sum(size for _, size in blob.parts()) == size
+    path = blobs.path(blob.files()[-1])
+    path.chmod(0o644)
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(BlobDamaged):
+        read_blob(blob, blobs)
+
+
+def test_one_more_message_writes_one_chunk(tmp_path: Path) -> None:
+    """What did not change is not written again: of 10,000 messages and one more, the last 256 kB."""
+    cells = Cells(tmp_path, "chat = [{'role': 'user', 'content': f'{i} ' * 200} for i in range(10_000)]")
+    cells.step("chat.append({'role': 'user', 'content': 'first'})")
+    before = _files(tmp_path)
+    assert _written(tmp_path, set()) > 5 << 20
+    signed = cells.step("chat.append({'role': 'user', 'content': 'one more'})")
+    assert 0 < _written(tmp_path, before) <= 2 * STREAM_CHUNK
+    after = Cells(tmp_path)
+    after.restore(signed)
+    assert after["chat"] == cells["chat"]
+
+
+def test_one_changed_number_writes_one_chunk(tmp_path: Path) -> None:
+    """A changed part of an array is written alone, in chunks of 16 MB."""
+    cells = Cells(tmp_path, "import numpy as np\na = np.arange(8 << 20, dtype='f8')")  # 64 MB
+    cells.step("a[0] = 5")
+    before = _files(tmp_path)
+    signed = cells.step("a[3_000_000] = 5")
+    assert 0 < _written(tmp_path, before) <= BUFFER_CHUNK + 1000
+    after = Cells(tmp_path)
+    after.restore(signed)
+    assert after["a"].tobytes() == cells["a"].tobytes()
+    after["a"][1] = 7  # in memory only
+    assert after.fingerprints()["a"] != cells.fingerprints()["a"]
+    after.restore(signed)
+    assert after.fingerprints()["a"] == cells.fingerprints()["a"]

@@ -200,6 +200,28 @@ TYPES: dict[str, tuple[str, str]] = {
         "'e': pl.Series(['a', 'b'], dtype=pl.Enum(['a', 'b'])), 'l': [[1], [2, 3]], 'd': [datetime.date(2020, 1, 1), None]}); schema = v.schema",
         "v.schema == schema and v['l'][1].to_list() == [2, 3]",
     ),
+    "polars, large": (
+        "import datetime\nv = pl.select(a=pl.int_range(70_000), n=pl.int_range(70_000).cast(pl.String), "
+        "d=pl.int_range(70_000).cast(pl.Datetime('us', 'UTC')), m=pl.int_range(70_000) % 3 == 0)"
+        ".with_columns(o=pl.when('m').then('a')).slice(3, 60_000)",
+        "v.schema['d'] == pl.Datetime('us', 'UTC') and v['o'].null_count() == 40_000 and v['n'][-1] == '60002'",
+    ),
+    "polars series, large": (
+        "v = pl.Series('x', range(70_000)).alias('y')",
+        "v.name == 'y' and v.sum() == 2449965000",
+    ),
+    "polars, large, what Arrow holds otherwise": (
+        "v = pl.select(a=pl.int_range(70_000), c=pl.lit('x').cast(pl.Categorical), d=pl.int_range(70_000).cast(pl.Decimal(9, 2)))",
+        "v.schema['c'] == pl.Categorical and v.schema['d'] == pl.Decimal(9, 2)",
+    ),
+    "pandas, Arrow strings, large": (
+        "v = pd.DataFrame({'s': [f'text {i}' for i in range(70_000)]}, dtype='str')[5:60_000]",
+        "v.s.dtype == 'str' and v.s.iloc[0] == 'text 5' and v.index[0] == 5",
+    ),
+    "Arrow, large": (
+        "v = pa.table({'a': list(range(70_000)), 's': ['x', None] * 35_000}).slice(5, 60_000)",
+        "v.num_rows == 60_000 and v['a'][0].as_py() == 5 and v['s'].null_count == 30_000",
+    ),
     "polars lazy": ("v = pl.LazyFrame({'a': [1, 2]}).filter(pl.col('a') > 1)", "v.collect().height == 1"),
     "arrow": (
         "v = pa.table({'a': [1, 2], 's': ['x', None], 'n': [[1], None]})",
