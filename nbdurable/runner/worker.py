@@ -173,9 +173,8 @@ class Worker:
     def _attend(self, run: Run, executor: subprocess.Popen[bytes]) -> None:
         """Wait for an executor's end, and say that the run lost its driver if it ended without a word."""
         status = executor.wait()
-        if (
-            status == 0
-        ):  # it said how it ended; to ask again could start a coordinator that somebody has just ended
+        if status == 0:
+            # It said how it ended. To ask again could start a coordinator that somebody has just ended.
             self._forget(run)
             return
         try:
