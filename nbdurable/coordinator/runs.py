@@ -17,7 +17,7 @@ from nbdurable.coordinator.core import Core, fence, hold_deadline, label
 from nbdurable.coordinator.fold import Fold, Kind
 from nbdurable.coordinator.names import new_run_id
 from nbdurable.coordinator.state import Live
-from nbdurable.errors import Conflict, NotRestorable, UsageError
+from nbdurable.errors import Conflict, NotRestorable, StoreFull, UsageError
 from nbdurable.lifecycle import Happening
 from nbdurable.models import (
     DriverKind,
@@ -117,7 +117,12 @@ class Runs:
         while True:
             live = self._core.runs.get(run.id)
             changed = live.changed.next() if live is not None else None
-            events = await self._core.read(self._core.store.events, run.id, wanted.after, wanted.limit)
+            try:
+                events = await self._core.read(self._core.store.events, run.id, wanted.after, wanted.limit)
+            except StoreFull:
+                if not wanted.hold_s:
+                    raise
+                events = []  # who follows goes on following: `Health.trouble` says what keeps the run
             run = await self._core.current(run.id)
             if (
                 events
