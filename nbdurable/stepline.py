@@ -19,12 +19,13 @@ from typing import NoReturn
 from nbdurable.errors import StepUsageError
 
 _MAGIC = re.compile(r"%%step(?![\w.?])")
+_VARIABLE = re.compile(r"env:[^\s=]+")
 _NAME = re.compile(r"[^\s`\"'\\/]{1,100}")
 _NO_PYTHON = re.compile(
     r"^(\s*)(?:[%!].*|[\w., ]+=\s*[%!].*|.*\?)$", re.MULTILINE
 )  # magics and shell commands
 _RUNS_PYTHON = re.compile(r"%%(?:time|timeit|capture|prun|debug)\b")
-USAGE = "%%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--force]"
+USAGE = "%%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--watch FILE|env:NAME,…] [--force]"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class StepOptions:
     save: frozenset[str] = frozenset()  # save these, too, though the cell did not write them
     no_save: frozenset[str] = frozenset()  # leave these out
     force: bool = False
+    watch: tuple[str, ...] = ()  # files, globs and `env:NAME` that it stands on as it does on its code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +53,16 @@ def _names(text: str) -> frozenset[str]:
     return names
 
 
+def _watched(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for declared in found:
+        if declared.startswith("env:") and not _VARIABLE.fullmatch(declared):
+            raise argparse.ArgumentTypeError(f"{declared[4:]!r} is not an environment variable's name")
+        if declared.startswith("$"):
+            raise argparse.ArgumentTypeError(f"an environment variable is written env:{declared[1:]}")
+    return found
+
+
 @cache
 def _parser() -> _Parser:
     parser = _Parser(prog="%%step", add_help=False, allow_abbrev=False)
@@ -58,6 +70,7 @@ def _parser() -> _Parser:
     parser.add_argument("--on-drift", choices=("keep", "rerun", "error"))
     parser.add_argument("--save", type=_names, default=frozenset())
     parser.add_argument("--no-save", type=_names, default=frozenset())
+    parser.add_argument("--watch", type=_watched, action="extend", default=[])
     parser.add_argument("--force", action="store_true")
     return parser
 
@@ -82,7 +95,9 @@ def parse_step_line(line: str) -> StepOptions:
             f"{name!r} can't be a step's name",
             todo="use up to 100 characters without spaces, quotes and slashes",
         )
-    return StepOptions(name, found.on_drift, found.save, found.no_save, found.force)
+    return StepOptions(
+        name, found.on_drift, found.save, found.no_save, found.force, tuple(dict.fromkeys(found.watch))
+    )
 
 
 def is_step(source: str) -> bool:

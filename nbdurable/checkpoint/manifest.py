@@ -49,6 +49,7 @@ class CodeFacts(Shape):
     digest: str
     helpers: dict[str, HelperFact] = Field(default_factory=dict)
     modules: dict[str, str] = Field(default_factory=dict)  # project module → digest of its source
+    watched: dict[str, dict[str, str]] = Field(default_factory=dict)  # as `checkpoint/watched.py` finds it
     python: str = ""  # "3.11"
 
 

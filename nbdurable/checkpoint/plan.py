@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from nbdurable.checkpoint.analysis import CellNames, explain_helper_change
 from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest
+from nbdurable.checkpoint.watched import ENVIRONMENT, Watched
 
 OnDrift = Literal["keep", "rerun", "error"]
 Action = Literal["execute", "restore", "continue", "refuse"]
@@ -96,6 +97,21 @@ def _code_change(old: CodeFacts, new: CodeFacts) -> str | None:
     for module in sorted(old.modules.keys() | new.modules.keys()):
         if old.modules.get(module) != new.modules.get(module):
             return f"module `{module}` changed"
+    return _watched_change(old.watched, new.watched)
+
+
+def _watched_change(old: Watched, new: Watched) -> str | None:
+    for declared, now in sorted(new.items()):
+        if (was := old.get(declared)) is None:
+            return f"it now watches {declared}"
+        names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        if names:
+            is_variable = declared.startswith(ENVIRONMENT)
+            words = ("was set", "was unset") if is_variable else ("was added", "was removed")
+            word = words[0] if names[0] not in was else words[1] if names[0] not in now else "changed"
+            what = names[0].removeprefix(ENVIRONMENT) if is_variable else names[0]
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"watched {'environment variable' if is_variable else 'file'} {what} {word}{more}"
     return None
 
 

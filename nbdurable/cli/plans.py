@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from nbdurable.checkpoint.manifest import Manifest, unseal
+from nbdurable.checkpoint.watched import Watcher
 from nbdurable.cli.project import connect
 from nbdurable.cli.screen import Line, Screen, warn
 from nbdurable.client import Client
@@ -47,9 +48,13 @@ def print_plan(target: str, screen: Screen) -> None:
             cells = list(read_snapshot(client.home, newest)["cells"])
         else:
             cells = _cells_now(notebook, newest)
-    known = {} if newest is None else _manifests(client, newest)
+    key = (
+        bytes(32) if newest is None else load_key(client.home)
+    )  # without a run there is no checkpoint to compare
+    known = {} if newest is None else _manifests(client, newest, key)
     every_cell = newest is not None and newest.steps_mode == "all"
-    foreseen = foresee(parse_cells(cells), known, find_project(notebook), every_cell=every_cell)
+    watcher = Watcher(notebook.parent, key)
+    foreseen = foresee(parse_cells(cells), known, find_project(notebook), watcher, every_cell=every_cell)
     if screen.json_mode:
         screen.data([{"name": step.step, "action": step.action, "reason": step.reason} for step in foreseen])
         return
@@ -98,9 +103,8 @@ def _cells(notebook: bytes) -> list[dict[str, object]]:
     return list(json.loads(notebook)["cells"])
 
 
-def _manifests(client: Client, run: Run) -> dict[str, Manifest]:
+def _manifests(client: Client, run: Run, key: bytes) -> dict[str, Manifest]:
     """Return the verified manifests of a run's steps; those that run again on resume count as not there."""
-    key = load_key(client.home)
     return {
         found.step: unseal(found.manifest, key, of=f"step `{found.step}` of run {run.short}")
         for found in client.call(CHECKPOINTS, ByRun(run_id=run.id)).checkpoints

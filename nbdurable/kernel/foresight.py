@@ -17,7 +17,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbdurable.checkpoint import analysis
 from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest
 from nbdurable.checkpoint.plan import Origins, decide
-from nbdurable.errors import StepUsageError
+from nbdurable.checkpoint.watched import Watcher
+from nbdurable.errors import StepUsageError, UsageError
 from nbdurable.kernel.rewrite import rewrite_lines, take_marker
 from nbdurable.stepline import StepOptions, is_step, parse_step_line
 
@@ -69,11 +70,17 @@ def parse_cells(cells: Sequence[Mapping[str, object]]) -> list[NotebookCell]:
 
 
 def foresee(
-    cells: Sequence[NotebookCell], known: Mapping[str, Manifest], project: Path, *, every_cell: bool = False
+    cells: Sequence[NotebookCell],
+    known: Mapping[str, Manifest],
+    project: Path,
+    watcher: Watcher,
+    *,
+    every_cell: bool = False,
 ) -> list[Foreseen]:
     """Say for each step of a notebook whether it would be restored or run, in a new kernel, and why.
 
-    `known`: the verified manifests of a run's steps. Values that only a run can make are taken as unchanged.
+    `known`: the verified manifests of a run's steps. `watcher`: looks at what steps watch. Values
+    that only a run can make are taken as unchanged.
     """
     origins = Origins()
     plain: list[tuple[str, str]] = []
@@ -102,16 +109,22 @@ def foresee(
             verdict_action, reason = "run", "it has no checkpoint yet"
             fingerprints = dict.fromkeys(names.stores, "")
         else:
+            options = cell.options
+            try:
+                watched = watcher.look(options.watch if options else ())
+            except UsageError as error:
+                foreseen.append(Foreseen(name, "run", error.message))
+                continue
             helpers = analysis.helpers_in_source(plain, set(recorded.code.helpers) | set(names.loads))
             code = CodeFacts(
                 source=cell.source.lstrip().partition("\n")[2] if cell.options else cell.source,
                 digest=code_digest,
                 helpers={**{n: f for n, f in recorded.code.helpers.items() if n not in helpers}, **helpers},
                 modules={n: _module_now(n, project) or was for n, was in recorded.code.modules.items()},
+                watched=watched,
                 python=f"{sys.version_info.major}.{sys.version_info.minor}",
             )
             inputs = {n: _input(n, fact, origins, running) for n, fact in recorded.inputs.items()}
-            options = cell.options
             verdict = decide(
                 recorded,
                 code,

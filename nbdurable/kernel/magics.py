@@ -71,10 +71,12 @@ class DurableMagics(Magics):  # type: ignore[misc]
     def step(self, line: str, cell: str) -> None:
         """Run this cell once: what it writes and displays is kept, and restored when it is run again.
 
-            %%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--force]
+            %%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--watch FILE|env:NAME,…] [--force]
 
         NAME is unique in the notebook. `--on-drift`: what happens where only the value of an input differs.
         `--save`, `--no-save`: variables to keep, or not, whatever the cell does. `--force`: run it anyway.
+        `--watch data.csv,parts/*.parquet,env:MODE`: files, from the notebook's folder, and environment variables that
+        it stands on as it does on its code: it runs again where one of them changed.
         `%durable help` lists what can be asked about steps.
         """
         # Loaded, the extension rewrites the cell before IPython looks for a magic; this is for `%%step?` and <Tab>.
@@ -114,7 +116,7 @@ class DurableMagics(Magics):  # type: ignore[misc]
             return "\n".join(
                 f" {step}  kept {span(time.time() - m.created_at)} ago" for step, m in known.items()
             )
-        planned = foresee(cells, known, session.project, every_cell=session.every_cell)
+        planned = foresee(cells, known, session.project, session.watcher, every_cell=session.every_cell)
         if not planned:
             return f"{session.notebook.name} has no step cells (as it was last saved)"
         width = max(len(item.step) for item in planned)

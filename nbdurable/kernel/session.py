@@ -18,6 +18,7 @@ from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.checkpoint.manifest import Manifest, unseal
 from nbdurable.checkpoint.plan import Origins
 from nbdurable.checkpoint.track import Tracker
+from nbdurable.checkpoint.watched import Watcher
 from nbdurable.client import Client
 from nbdurable.errors import DurableError, Fenced, LeaseHeld, UsageError
 from nbdurable.kernel import whereabouts
@@ -54,6 +55,7 @@ class Session:
         hidden = dict(shell.user_ns_hidden)
         self.tracker = Tracker(self.values, ignore=lambda n: n in hidden and self.values.get(n) is hidden[n])
         self.origins = Origins()
+        self.watcher = Watcher(self.notebook.parent, self.key)
         self.run: Run | None = None
         self.checkpoints: dict[str, Checkpoint] = {}
         self.visited: set[str] = set()

@@ -30,6 +30,7 @@ from nbdurable.checkpoint.manifest import (
 )
 from nbdurable.checkpoint.plan import Verdict, decide
 from nbdurable.checkpoint.restore import restore
+from nbdurable.checkpoint.watched import missing
 from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspended
 from nbdurable.kernel import display
 from nbdurable.kernel.execution import Execution, note_origins
@@ -170,8 +171,8 @@ class Steps:
             age = span(max(0.0, time.time() - manifest.created_at))
             kept = display.summary(manifest.variables)
             line = f"↺ {options.name}  restored, {age} old, {verdict.reason}" + (f" · {kept}" if kept else "")
-            display.say(self.shell, "\n  ".join([line, *display.notices(manifest.variables)]))
-        elif noticed := display.notices(manifest.variables):
+            display.say(self.shell, "\n  ".join([line, *_notices(manifest)]))
+        elif noticed := _notices(manifest):
             display.say(self.shell, "\n".join(noticed))
 
     def go_on(self) -> None:
@@ -224,7 +225,7 @@ class Steps:
         configures = session.every_cell and line is None and is_setup(tree)
         body = list(tree.body)
         names = analysis.analyse(tree, cell.source)
-        code, used = self._facts(cell, tree, names, is_marked=line is not None)
+        code, used = self._facts(cell, tree, names, options, is_marked=line is not None)
         mentioned = frozenset(names.loads | used.inputs)
         session.run_id  # noqa: B018  raises what keeps steps from running; creates the run where there is none
         known = session.manifest(options.name)
@@ -326,7 +327,13 @@ class Steps:
             self.session.cells[options.name] = cell.id
 
     def _facts(
-        self, cell: Cell, tree: ast.Module, names: analysis.CellNames, *, is_marked: bool
+        self,
+        cell: Cell,
+        tree: ast.Module,
+        names: analysis.CellNames,
+        options: StepOptions,
+        *,
+        is_marked: bool,
     ) -> tuple[CodeFacts, analysis.Uses]:
         used = analysis.uses(names.loads, self.session.values, self.session.project)
         source = cell.source.lstrip().partition("\n")[2] if is_marked else cell.source
@@ -335,6 +342,7 @@ class Steps:
             digest=analysis.code_digest(ast.unparse(tree)),
             helpers=used.helpers,
             modules=used.modules,
+            watched=self.session.watcher.look(options.watch),
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
         )
         return code, used
@@ -353,12 +361,12 @@ class Steps:
     # Telling -----------------------------------------------------------------------------------------------------
 
     def _say_kept(self, execution: Execution, variables: tuple[Variable, ...]) -> None:
-        noticed = display.notices(variables)
+        manifest = self.session.manifest(execution.name)
+        noticed = [*display.notices(variables), *missing(execution.code.watched)]
         if self.session.headless:
             if noticed:
                 display.say(self.shell, "\n".join(noticed))
             return
-        manifest = self.session.manifest(execution.name)
         took = span(manifest.duration_s) if manifest else ""
         kept = display.summary(variables)
         line = f"✓ {execution.name}  {took}{_because(execution.verdict)}" + (f" · {kept}" if kept else "")
@@ -401,6 +409,11 @@ class Steps:
         if result is not None:
             result.error_in_exec = error
         self.shell.showtraceback((type(error), error, error.__traceback__))
+
+
+def _notices(manifest: Manifest) -> list[str]:
+    """Say what a restored checkpoint lacks, and which of the things that its step watches are not there."""
+    return [*display.notices(manifest.variables), *missing(manifest.code.watched)]
 
 
 def _because(verdict: Verdict) -> str:

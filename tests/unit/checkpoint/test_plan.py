@@ -29,6 +29,11 @@ def facts(**changes: object) -> CodeFacts:
     return CODE.model_copy(update=changes)
 
 
+def watching(**watched: dict[str, str]) -> CodeFacts:
+    return facts(watched=watched)
+
+
+WATCHES = manifest(watching(**{"data.csv": {"data.csv": "1"}}))
 DRIFTED = INPUT.model_copy(update={"value": "v2"})
 ELSEWHERE = InputFact(value="v2", origin="o2", label="the cell `n = 6`")
 
@@ -68,6 +73,48 @@ ELSEWHERE = InputFact(value="v2", origin="o2", label="the cell `n = 6`")
         (manifest(), CODE, {"n": DRIFTED}, {"visited": True, "on_drift": "keep"}, "restore", "differs"),
         (manifest(), CODE, {"n": DRIFTED}, {"on_drift": "rerun"}, "execute", "`n` changed"),
         (manifest(), CODE, {"n": DRIFTED}, {"on_drift": "error"}, "refuse", "`n` differs"),
+        (WATCHES, watching(**{"data.csv": {"data.csv": "1"}}), {"n": INPUT}, {}, "restore", "same code"),
+        (WATCHES, CODE, {"n": INPUT}, {}, "restore", "same code"),
+        (
+            WATCHES,
+            watching(**{"data.csv": {"data.csv": "2"}}),
+            {"n": INPUT},
+            {},
+            "execute",
+            "watched file data.csv changed",
+        ),
+        (
+            WATCHES,
+            watching(**{"data.csv": {}}),
+            {"n": INPUT},
+            {},
+            "execute",
+            "watched file data.csv was removed",
+        ),
+        (
+            WATCHES,
+            watching(**{"*.csv": {}, "data.csv": {"data.csv": "1"}}),
+            {"n": INPUT},
+            {},
+            "execute",
+            "it now watches *.csv",
+        ),
+        (
+            manifest(watching(**{"*.csv": {}})),
+            watching(**{"*.csv": {"a.csv": "1", "b.csv": "2"}}),
+            {"n": INPUT},
+            {},
+            "execute",
+            "watched file a.csv was added, and 1 more",
+        ),
+        (
+            manifest(watching(**{"env:MODE": {}})),
+            watching(**{"env:MODE": {"env:MODE": "1"}}),
+            {"n": INPUT},
+            {},
+            "execute",
+            "watched environment variable MODE was set",
+        ),
         (manifest(resume_at=2), CODE, {"n": INPUT}, {}, "continue", "goes on behind"),
         (
             manifest(resume_at=2),

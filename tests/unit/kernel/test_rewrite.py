@@ -23,6 +23,10 @@ def transformed(source: str) -> str:
         ("%%step  größe-2.b  ", StepOptions("größe-2.b")),
         ("%%step a --force --on-drift rerun", StepOptions("a", on_drift="rerun", force=True)),
         ("%%step --save x,y a --no-save z", StepOptions("a", save=frozenset("xy"), no_save=frozenset("z"))),
+        (
+            "%%step a --watch 'my data.csv,parts/*.parquet' --watch env:MODE,my\\ data.csv",
+            StepOptions("a", watch=("my data.csv", "parts/*.parquet", "env:MODE")),
+        ),
     ],
 )
 def test_step_lines_read(line: str, options: StepOptions) -> None:
