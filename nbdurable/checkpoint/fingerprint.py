@@ -16,7 +16,7 @@ import mmap
 import sys
 import types
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from marshal import dumps
@@ -42,7 +42,7 @@ from nbdurable.checkpoint.objects import (
     underlying,
 )
 
-__all__ = ["Unfingerprintable", "Walk", "fingerprint", "immutable", "partial_fingerprint"]
+__all__ = ["Unfingerprintable", "Walk", "fingerprint", "immutable", "partial_fingerprint", "shared"]
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None)})
 MAX_DEPTH = 10_000  # pickle gives up long before
@@ -69,13 +69,15 @@ _DERIVED = frozenset(
 
 Part = tuple[str | int | tuple[Any], Any]  # how to get there (".name", index, (key,)), and the object there
 Parts = Iterator[Part]
+Place = tuple[int, int, tuple[int, ...]]  # of an array in its walk; its address; its strides
+Shared = frozenset[tuple[str, int | Place]]
 
 
 class Walk:
     """One walk over a value, which hashes what it sees, or only notes which objects it reaches.
 
-    After `run`, `seen` holds the objects reached that can be shared, by id; `memory` the ids of the owners
-    of array memory; `live` the names by which the value refers to functions and classes of the notebook.
+    After `run`, `seen` holds the objects reached that can be shared, by id; `memory` where arrays look at memory,
+    by the id of its owner; `live` the names by which the value refers to functions and classes of the notebook.
     `own`: the name of the notebook function or class that is itself the value. `opaque`: ids of objects
     that count by type alone. `problems`: where given, parts that can't be looked into are noted there and
     passed over.
@@ -98,7 +100,7 @@ class Walk:
         self.problems = problems
         self.outer = outer
         self.seen: dict[int, Any] = {}  # keeps the objects alive too, so that no id is used twice
-        self.memory: set[int] = set()
+        self.memory: dict[int, list[Place]] = {}
         self.live: set[str] = set()
         self._position: dict[int, int] = {}
         self._named: dict[int, tuple[Any, bytes]] = {}  # functions and classes that count by name, kept alive
@@ -200,6 +202,10 @@ class Walk:
                 return position
             walk = walk.outer
         return None
+
+    def position(self, ident: int) -> int:
+        """Return when an object was reached, among the objects that can be shared; -1 where it has no place."""
+        return self._position.get(ident, -1)
 
     def _register(self, value: Any) -> None:
         self.seen[id(value)] = value
@@ -382,7 +388,8 @@ class Walk:
             walk = Walk(self.namespace, own=self.own, opaque=self.opaque, problems=self.problems, outer=self)
             digest = walk.run(item)
             self.live |= walk.live
-            self.memory |= walk.memory
+            for owner, places in walk.memory.items():
+                self.memory.setdefault(owner, []).extend(places)
             self.seen |= walk.seen
             ordered.append(
                 (
@@ -544,7 +551,9 @@ class Walk:
         dtype = array.dtype
         self._emit(b"np", f"{dtype!r}{array.shape}".encode())
         if own_memory:
-            self.memory.add(id(memory_owner(array)))
+            if not array.flags.writeable:
+                self._emit(b"ro")
+            self._note_memory(array)
         if dtype.names is not None:  # field by field: padding is garbage
             return ((f"[{name!r}]", array[name]) for name in dtype.names)
         if dtype.hasobject:
@@ -559,13 +568,17 @@ class Walk:
             self._emit(b"nb", memoryview(flat.view("u1")))
         return None
 
+    def _note_memory(self, array: Any) -> None:
+        place = (self._next, array.__array_interface__["data"][0], array.strides)
+        self.memory.setdefault(id(memory_owner(array)), []).append(place)
+
     def _numpy(self, value: Any, numpy: Any) -> Any:
         if type(value) is numpy.ndarray:
             return self._array(value)
         if (masked := sys.modules.get("numpy.ma")) is not None and isinstance(value, masked.MaskedArray):
             return self._masked(value, masked)
         if isinstance(value, numpy.ndarray):
-            self.memory.add(id(memory_owner(value)))
+            self._note_memory(value)
         if isinstance(value, numpy.ufunc):
             self._emit(b"uf", value.__name__.encode())
             return None
@@ -886,8 +899,10 @@ def fingerprint(value: Any, namespace: Namespace | None = None) -> str:
     return Walk(namespace, own=_own_name(value, namespace)).run(value)
 
 
-def partial_fingerprint(value: Any, namespace: Namespace | None = None) -> tuple[str, list[Problem]]:
-    """Return the digest of what can be looked into, and the parts that can't.
+def partial_fingerprint(
+    value: Any, namespace: Namespace | None = None
+) -> tuple[str, list[Problem], Walk | None]:
+    """Return the digest of what can be looked into, the parts that can't, and the walk; None where there is none.
 
     Those count by type alone. A package's object that holds such a part (a client with its connections) is
     left out whole: its inner state changes whenever it is used. The digest of a value without problems is
@@ -897,15 +912,20 @@ def partial_fingerprint(value: Any, namespace: Namespace | None = None) -> tuple
     problems: list[Problem] = []
     while True:
         try:
-            digest = Walk(namespace, own=_own_name(value, namespace), opaque=opaque).run(value)
+            walk = Walk(namespace, own=_own_name(value, namespace), opaque=opaque)
+            digest = walk.run(value)
         except Unfingerprintable as error:
             if error.problem is None or error.problem.unit in opaque or len(problems) >= MAX_OPAQUE:
                 kind = type(value)
-                return f"opaque:{kind.__module__}.{kind.__qualname__}:{stream_position(value)}", problems
+                return (
+                    f"opaque:{kind.__module__}.{kind.__qualname__}:{stream_position(value)}",
+                    problems,
+                    None,
+                )
             problems.append(error.problem)
             opaque |= {error.problem.unit}
         else:
-            return (f"partly:{digest}" if problems else digest), problems
+            return (f"partly:{digest}" if problems else digest), problems, walk
 
 
 def reach(value: Any, namespace: Namespace, name: str) -> tuple[Walk, list[Problem]]:
@@ -915,6 +935,25 @@ def reach(value: Any, namespace: Namespace, name: str) -> tuple[Walk, list[Probl
     walk = Walk(namespace, hashing=False, own=own if own == name else "", problems=problems)
     walk.run(value)
     return walk, problems
+
+
+def shared(walks: Mapping[str, Walk]) -> list[Shared]:
+    """Return, for each object and each memory that several places of some variables reach, these places.
+
+    A place is a variable's name and where in its walk; of memory also the address and strides of the array there.
+    """
+    first: dict[int, str] = {}
+    common: set[int] = set()
+    for name, walk in sorted(walks.items(), key=lambda item: len(item[1].seen)):
+        common |= first.keys() & walk.seen.keys()
+        first.update(dict.fromkeys(walk.seen, name))
+    found: dict[int, list[tuple[str, int | Place]]] = {}
+    for name, walk in walks.items():
+        for ident in common & walk.seen.keys():
+            found.setdefault(ident, []).append((name, walk.position(ident)))
+        for owner, places in walk.memory.items():
+            found.setdefault(-owner, []).extend((name, place) for place in places)
+    return [frozenset(places) for places in found.values() if len(places) > 1]
 
 
 def immutable(value: Any) -> bool:

@@ -109,12 +109,21 @@ def array_view(
 
     if dtype.hasobject:
         start = memory[offset // dtype.itemsize :]
-        made = numpy.lib.stride_tricks.as_strided(start, shape, strides)
+        size = numpy.prod(shape, dtype=int)
+        made = start[:size].reshape(shape)  # its base is `memory`, so it can be locked and unlocked
+        if made.strides != strides:
+            made = numpy.lib.stride_tricks.as_strided(start, shape, strides)
     else:
         made = numpy.ndarray(shape, dtype, buffer=memory, offset=offset, strides=strides)
     if not writeable:
         made.flags.writeable = False
     return made
+
+
+def read_only(array: Any) -> Any:
+    """Make an array read-only."""
+    array.flags.writeable = False
+    return array
 
 
 def polars_frame(table: Any) -> Any:

@@ -347,6 +347,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._names = names
         self._shared = shared_memory
         self._memories: dict[int, Any] = {}
+        self._copies: dict[int, Any] = {}
         self._empty: dict[int, types.CellType] = {}  # cells whose content a function carries
         self._numpy: Any = sys.modules.get("numpy")
         self.sources: dict[str, str] = {}  # cells that define the functions and classes saved by value
@@ -358,10 +359,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return special(self, obj)
         if isinstance(obj, type):
             return self._class(obj)
-        if obj is dataclasses.MISSING or obj is dataclasses.KW_ONLY:
-            return "MISSING" if obj is dataclasses.MISSING else "KW_ONLY"
+        if kind.__module__ == "dataclasses" and (name := _sentinel(obj)) is not None:
+            return name
         package = kind.__module__.partition(".")[0]
-        if package == "numpy" and kind is self._numpy.ndarray and self._shared:
+        if package == "numpy" and kind is self._numpy.ndarray:
             return self._array(obj)
         if package == "pyarrow" and isinstance(obj, sys.modules["pyarrow"].Array):
             return _trimmed(obj)
@@ -445,6 +446,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             slotted = "__slots__" in vars(kind) and isinstance(arguments[3], dict)
             if slotted and typing.NamedTuple not in arguments[2]:  # else slots become plain attributes
                 arguments[3]["__slots__"] = vars(kind)["__slots__"]
+            rest[0][0].update(_dropped(kind))
             return (make, arguments, *rest)
         return reduced
 
@@ -482,20 +484,31 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _array(self, array: Any) -> Any:
         """Reduce an array whose memory others look at to a view on that memory."""
         owner = memory_owner(array)
-        if id(owner) not in self._shared or any(array is memory for memory in self._memories.values()):
+        if id(owner) not in self._shared:
+            # a large read-only one is mapped read-only; others could be made writable again
+            if array.flags.writeable or _is_large(array):
+                return NotImplemented
+            return rebuild.read_only, (array.copy(order="K"),)
+        if any(array is memory for memory in self._memories.values()):
             return NotImplemented
         memory = self._memories.get(id(owner))
         if memory is None:
             memory = self._memories[id(owner)] = self._memory(owner)
         offset = array.__array_interface__["data"][0] - memory.__array_interface__["data"][0]
         return rebuild.array_view, (
-            memory,
+            memory if memory.flags.writeable or _is_large(memory) else self._unlocked(memory),
             array.dtype,
             array.shape,
             array.strides,
             offset,
             array.flags.writeable,
         )
+
+    def _unlocked(self, memory: Any) -> Any:
+        """Return a writable copy of read-only memory, the same one each time: its views may be made writable again."""
+        if id(memory) not in self._copies:
+            self._copies[id(memory)] = memory.copy()
+        return self._copies[id(memory)]
 
     def _memory(self, owner: Any) -> Any:
         """Return a flat array over all of the memory that an object owns."""
@@ -507,6 +520,15 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return flat if owner.dtype.hasobject else flat.view("u1")
 
 
+_MADE_WITH_CLASS = frozenset(
+    {"__module__", "__doc__", "__dict__", "__weakref__", "__slots__", "__slotnames__", "_abc_impl"}
+)
+
+
+def _is_large(array: Any) -> bool:
+    return array.nbytes >= OUT_OF_BAND_BYTES and array.flags.forc and not array.dtype.hasobject
+
+
 _REDUCERS: dict[type, Any] = {
     types.FunctionType: _Pickler._function,
     types.CellType: _Pickler._cell,
@@ -516,6 +538,19 @@ _REDUCERS: dict[type, Any] = {
     io.TextIOWrapper: _Pickler._forbidden,  # cloudpickle would make it a StringIO
     weakref.WeakSet: _Pickler._forbidden,
 } | dict.fromkeys(DICT_VIEWS, _Pickler._dict_view)
+
+
+def _dropped(kind: type) -> dict[str, Any]:
+    """Return the attributes that cloudpickle leaves out of a class because a base holds the same object."""
+    inherited = {name: value for base in reversed(kind.__bases__) for name, value in vars(base).items()}
+    own = vars(kind).items()
+    same = {name: value for name, value in own if name in inherited and inherited[name] is value}
+    return {name: value for name, value in same.items() if name not in _MADE_WITH_CLASS}
+
+
+def _sentinel(value: Any) -> str | None:
+    """Return the name under which `dataclasses` holds this very object: its sentinels are told apart by identity."""
+    return next((name for name, item in vars(dataclasses).items() if item is value), None)
 
 
 def _runs_when_subclassed(kind: type) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from nbdurable.checkpoint.fingerprint import fingerprint, immutable, partial_fingerprint
+from nbdurable.checkpoint.fingerprint import Shared, Walk, fingerprint, immutable, partial_fingerprint, shared
 from nbdurable.checkpoint.objects import Problem
 
 # `_`, `__`, `_i`, `_3`, `_i3`, `_oh` …, dunders, and what IPython itself puts there
@@ -44,6 +44,7 @@ class Snapshot:
 
     variables: dict[str, Seen]
     random: dict[str, str]
+    shared: tuple[Shared, ...] = ()  # what several places of the variables reach
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,14 @@ class Tracker:
             variables = [
                 (name, value) for name, value in list(self._namespace.items()) if self.is_users(name)
             ]
-            seen = {name: self._look(name, value) for name, value in variables}
+            walks: dict[str, Walk] = {}
+            seen = {name: self._look(name, value, walks) for name, value in variables}
+            sharing = tuple(shared(walks))
         known = self._constant
         self._constant = {
             name: item for name, item in seen.items() if known.get(name) is item or immutable(item.value())
         }
-        return Snapshot(seen, _random_states())
+        return Snapshot(seen, _random_states(), sharing)
 
     def changes(self, before: Snapshot, mentioned: Collection[str] = ()) -> Changes:
         """Return what changed since a snapshot.
@@ -115,6 +118,8 @@ class Tracker:
                 bound.add(name)
             elif then.digest != now.digest or (name in mentioned and any(p.stream for p in now.problems)):
                 mutated.add(name)
+        same = before.variables.keys() & after.variables.keys() - bound - mutated
+        mutated |= _shared_otherwise(before, after, same)
         return Changes(
             bound=frozenset(bound),
             mutated=frozenset(mutated),
@@ -125,20 +130,41 @@ class Tracker:
 
     def fingerprint(self, name: str) -> str:
         """Return the fingerprint of one variable now; raises KeyError where there is none."""
-        return self._look(name, self._namespace[name]).digest
+        return self._look(name, self._namespace[name], {}).digest
 
     def is_users(self, name: str) -> bool:
         """Tell whether a name is one of the user's variables."""
         return is_user_name(name) and not self._ignore(name)
 
-    def _look(self, name: str, value: Any) -> Seen:
+    def _look(self, name: str, value: Any, walks: dict[str, Walk]) -> Seen:
         if isinstance(value, ModuleType):
             return Seen(lambda: value, fingerprint(value))
         known = self._constant.get(name)
         if known is not None and known.value() is value:
             return known
-        digest, problems = partial_fingerprint(value, self._namespace)
+        digest, problems, walk = partial_fingerprint(value, self._namespace)
+        if walk is not None:
+            walks[name] = walk
         return Seen(_hold(value), digest, tuple(problems))
+
+
+def _shared_otherwise(before: Snapshot, after: Snapshot, names: Collection[str]) -> set[str]:
+    """Return which of these variables, whose values are the same, share with others of them what they did not before.
+
+    A part may have been replaced by an equal one, which another variable holds.
+    """
+
+    def by_name(sharing: tuple[Shared, ...]) -> dict[str, set[Shared]]:
+        found: dict[str, set[Shared]] = {}
+        for places in sharing:
+            kept = frozenset(place for place in places if place[0] in names)
+            if len(kept) > 1:
+                for name, _ in kept:
+                    found.setdefault(name, set()).add(kept)
+        return found
+
+    then, now = by_name(before.shared), by_name(after.shared)
+    return {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
 
 
 def _hold(value: Any) -> Callable[[], Any]:

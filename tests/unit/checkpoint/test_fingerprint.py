@@ -253,7 +253,7 @@ def test_deep_nesting_is_no_trouble() -> None:
 def test_the_rest_of_a_partly_closed_value_still_counts(tmp_path: Path) -> None:
     """A change beside something that can't be looked into is found."""
     agent = _Plain(client=_Raises(), notes=[])
-    first, problems = partial_fingerprint(agent)
+    first, problems, _ = partial_fingerprint(agent)
     agent.notes.append(1)
     assert partial_fingerprint(agent)[0] != first
     assert [problem.path for problem in problems] == [".client"]

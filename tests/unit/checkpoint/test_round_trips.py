@@ -71,6 +71,26 @@ TYPES: dict[str, tuple[str, str]] = {
         "k = 1\ndef v():\n    return k",
         "(globals().update(k=9), v())[1] == 9",
     ),
+    "subclass that says the same as its base": (
+        "class A: n = 0\nclass v(A): n = 0",
+        "'n' in vars(v) and (setattr(A, 'n', 5), v.n)[1] == 0",
+    ),
+    "dataclass with a factory": (
+        "@dataclasses.dataclass\nclass v:\n    items: list = dataclasses.field(default_factory=list)",
+        "v.__init__.__defaults__[0] is dataclasses._HAS_DEFAULT_FACTORY and v().items == []",
+    ),
+    "locked array": (
+        "v = np.zeros(3); v.flags.writeable = False",
+        "not v.flags.writeable and (setattr(v.flags, 'writeable', True), v.flags.writeable)[1]",
+    ),
+    "locked array of objects": (
+        "v = np.array([[1], None], dtype=object); v.flags.writeable = False",
+        "not v.flags.writeable and v[0] == [1]",
+    ),
+    "view of objects": (
+        "a = np.array([[1], None], dtype=object); v = (a, a[:])",
+        "v[1].flags.owndata is False and (setattr(v[1].flags, 'writeable', True), v[1][0] is v[0][0])[1]",
+    ),
     "recursive function": ("def v(n):\n    return 1 if n < 2 else n * v(n - 1)", "v(4) == 24"),
     "recursive closure": (
         "def make():\n    def f(n):\n        return 1 if n < 2 else n * f(n - 1)\n    return f\nv = make()",
