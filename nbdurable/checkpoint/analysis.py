@@ -14,23 +14,27 @@ import linecache
 import sys
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blake3 import blake3
-
-from nbdurable.checkpoint.fingerprint import code_bytes, partial_fingerprint
-from nbdurable.checkpoint.manifest import HelperFact
+from nbdurable.checkpoint.fingerprint import ATOMS, code_bytes, partial_fingerprint
+from nbdurable.checkpoint.manifest import HelperFact, ModuleFact
+from nbdurable.checkpoint.modules import Modules, owner_of
 from nbdurable.checkpoint.objects import LruCacheWrapper, importable
+from nbdurable.checkpoint.sources import node_digest
 
 SOURCE_BYTES = 20_000  # of a helper's source that are kept
 _CELL_MAGICS = frozenset({"time", "timeit", "capture", "prun", "memit"})
 _LINE_MAGICS = frozenset({"time", "timeit", "prun", "memit"})
-_SCAN_ITEMS = 100  # members of a container that are looked at for functions and classes of the notebook
-_SCAN_DEPTH = 3
+_SCAN_OBJECTS = (
+    5_000  # containers and instances that are looked into for functions and classes of the notebook
+)
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
 
@@ -49,12 +53,16 @@ class CellNames:
 
     `loads`: read, unless surely bound in the cell before. `stores`: bound, also by `import`, `for`, `with`,
     `del` followed by a binding, and `global` in a function. `imports`: modules that it imports, dotted.
+    `touches`: names whose object it may change without binding them (`df["a"] = 1`, `rows.append(2)`, `fill(rows)`).
+    `lines`: of the top-level statement that binds or touches a name last.
     """
 
     loads: frozenset[str] = frozenset()
     stores: frozenset[str] = frozenset()
     deletes: frozenset[str] = frozenset()
     imports: frozenset[str] = frozenset()
+    touches: frozenset[str] = frozenset()
+    lines: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 @dataclass
@@ -77,6 +85,9 @@ class _Names(ast.NodeVisitor):
         self.stores: set[str] = set()
         self.deletes: set[str] = set()
         self.imports: set[str] = set()
+        self.touches: set[str] = set()
+        self.lines: dict[str, int] = {}
+        self.line = 0  # of the top-level statement that is visited
         self._sure: set[str] = set()  # bound by now on every path
         self._scope = _Scope("cell", None)
 
@@ -99,6 +110,7 @@ class _Names(ast.NodeVisitor):
         elif scope.kind != "cell":
             scope.bound.add(name)
         else:
+            self.lines[name] = self.line
             self.stores.add(name)
             self.deletes.discard(name)
             self._sure.add(name)
@@ -112,6 +124,20 @@ class _Names(ast.NodeVisitor):
             self._sure.discard(name)
         else:
             scope.bound.add(name)
+
+    def _touch(self, node: ast.expr) -> None:
+        while isinstance(node, ast.Attribute | ast.Subscript | ast.Call | ast.Starred | ast.Await):
+            node = node.func if isinstance(node, ast.Call) else node.value
+        if isinstance(node, ast.Name) and self._scope.kind == "cell":
+            self.touches.add(node.id)
+            self.lines[node.id] = self.line
+
+    def visit_Attribute(self, node: ast.Attribute | ast.Subscript) -> None:
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load):
+            self._touch(node)
+
+    visit_Subscript = visit_Attribute
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
@@ -319,6 +345,11 @@ class _Names(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute):
+            self._touch(node.func)
+        if not isinstance(node.func, ast.Name) or not hasattr(builtins, node.func.id):
+            for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+                self._touch(argument)
         texts = [
             item.value if isinstance(item, ast.Constant) and isinstance(item.value, str) else ""
             for item in node.args
@@ -383,47 +414,20 @@ def _parse_lenient(source: str) -> ast.Module | None:
 def analyse(tree: ast.Module, source: str = "") -> CellNames:
     """Return the names that a cell touches; `tree` is its transformed Python, `source` its text."""
     names = _Names()
-    names._each(tree.body)
+    for node in tree.body:
+        names.line = node.lineno
+        names.visit(node)
     return CellNames(
         loads=frozenset(names.loads),
         stores=frozenset(names.stores),
         deletes=frozenset(names.deletes),
         imports=frozenset(names.imports),
+        touches=frozenset(names.touches - names.stores),
+        lines=names.lines,
     )
 
 
-# Digests of code -------------------------------------------------------------------------------------------
-
-
-def _canonical(node: Any) -> str:
-    """Write a syntax tree without positions, leaving out what is empty (as later Pythons do)."""
-    if isinstance(node, ast.AST):
-        fields = ",".join(
-            f"{name}={_canonical(value)}"
-            for name, value in ast.iter_fields(node)
-            if value is not None and value != [] and name not in ("type_comment", "kind", "type_ignores")
-        )
-        # a constant None is a field that is None
-        return f"{type(node).__name__}({fields})"
-    if isinstance(node, list):
-        return f"[{','.join(map(_canonical, node))}]"
-    return repr(node)
-
-
-def code_digest(source: str) -> str:
-    """Return the digest of a cell's code without positions, comments and whitespace.
-
-    Text that is not Python (of another kernel's language) counts line by line.
-    """
-    try:
-        text = _canonical(ast.parse(source))
-    except (SyntaxError, ValueError):
-        text = "\n".join(line.rstrip() for line in source.strip().splitlines())
-    return blake3(text.encode("utf-8", "surrogatepass")).hexdigest(16)
-
-
-def _node_digest(node: ast.AST) -> str:
-    return blake3(_canonical(node).encode("utf-8", "surrogatepass")).hexdigest(16)
+# Definitions -----------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=512)
@@ -476,33 +480,58 @@ def _key(qualname: str) -> str:
 
 @dataclass
 class Uses:
-    """What a cell stands on: variables it reads, helpers of the notebook, modules of the project."""
+    """What a cell stands on.
 
-    inputs: set[str] = field(default_factory=set)
+    `inputs`: variables that it reads, with the helper that reads them ("": the cell itself). `helpers`: functions and
+    classes of the notebook. `imports`: names that mean a foreign module, function or class. `modules`: those of the
+    project. `packages`: top-level names of all other modules that it uses directly.
+    """
+
+    inputs: dict[str, str] = field(default_factory=dict)
     helpers: dict[str, HelperFact] = field(default_factory=dict)
-    modules: dict[str, str] = field(default_factory=dict)
+    imports: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, ModuleFact] = field(default_factory=dict)
+    packages: set[str] = field(default_factory=set)
 
 
-def uses(names: Iterable[str], namespace: Mapping[str, Any], project_root: Path) -> Uses:
+def uses(
+    names: Iterable[str],
+    namespace: Mapping[str, Any],
+    project: Path | Modules,
+    *,
+    imports: Iterable[str] = (),
+    label: Callable[[str], str] = lambda file: "",
+) -> Uses:
     """Follow names through functions, methods, closures and classes of the notebook.
 
     Variables that those read are inputs too. Modules, builtins, functions and classes of packages are not
-    inputs; modules of the project (files under `project_root`, outside virtual environments) count by their
-    source.
+    inputs; modules of the project (files under its folder, outside virtual environments) count by their
+    source. `imports`: modules that the cell itself will import. `label`: names a cell by its file, for people.
     """
-    search = _Search(namespace, project_root.resolve())
+    modules = project if isinstance(project, Modules) else Modules(project)
+    search = _Search(namespace, modules, label)
     for name in sorted(names):
         search.name(name)
+    search.foreign |= set(imports)
+    search.found.modules = modules.facts(search.foreign)
+    search.found.packages = {name.partition(".")[0] for name in search.foreign}
     return search.found
 
 
 class _Search:
-    def __init__(self, namespace: Mapping[str, Any], root: Path) -> None:
+    def __init__(self, namespace: Mapping[str, Any], modules: Modules, label: Callable[[str], str]) -> None:
         self.found = Uses()
+        self.foreign: set[str] = set()  # modules
         self._namespace = namespace
-        self._root = root
-        self._visited: dict[int, Any] = {}
+        self._modules = modules
+        self._label = label
+        self._via: list[str] = [""]  # the helpers that lead to what is looked at now
+        self._visited: dict[int, Any] = {id(namespace): namespace}
         self._names: set[str] = set()
+        self._budget = _SCAN_OBJECTS
+        self._slots: dict[
+            type, tuple[Any, ...] | None
+        ] = {}  # by type: its slots; None: not to be looked into
 
     def name(self, name: str) -> None:
         if name in self._names or name not in self._namespace:
@@ -510,12 +539,15 @@ class _Search:
         self._names.add(name)
         value = self._namespace[name]
         if isinstance(value, types.ModuleType):
+            self.found.imports[name] = value.__name__
             self.module(value)
         elif isinstance(value, types.FunctionType | type | LruCacheWrapper | types.BuiltinFunctionType):
+            if (foreign := importable(value)) is not None:
+                self.found.imports[name] = _meaning(foreign)
             self.code(value, name)
         else:
             if not (isinstance(value, types.MethodType) and importable(type(value.__self__))):
-                self.found.inputs.add(name)
+                self.found.inputs[name] = self._via[-1]
             self.data(value, name)
 
     def code(self, value: Any, name: str) -> None:
@@ -542,24 +574,32 @@ class _Search:
         code = function.__code__
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         closure = {name: _content(cell) for name, cell in cells.items()}
-        data = {
-            name: value for name, value in closure.items() if not isinstance(value, types.FunctionType | type)
+        defaults = _defaults(function)
+        attributes = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
+        state = {
+            **{f"default `{name}`": value for name, value in defaults.items()},
+            **{
+                f"closure variable `{name}`": value
+                for name, value in closure.items()
+                if not isinstance(value, types.FunctionType | type)
+            },
+            **{f"attribute `{name}`": value for name, value in attributes.items()},
         }
-        state = self._state([function.__defaults__, function.__kwdefaults__, data])
         definition = _function_definition(code)
-        if definition is not None or code.co_filename != "<string>":  # else a decorator of a package made it
-            self._add(self._function_key(code, name), definition, state, lambda: code_bytes(code).hex())
-        for value in (
-            *closure.values(),
-            *(function.__defaults__ or ()),
-            *(function.__kwdefaults__ or {}).values(),
-        ):
+        key = self._function_key(code, name)
+        if definition is not None or not _is_generated(code):
+            self._add(key, definition, state, lambda: code_bytes(code).hex())
+            self._via.append(key)
+        else:
+            self._via.append(self._via[-1])
+        for value in (*closure.values(), *defaults.values(), *attributes.values()):
             self.data(value, "")
         if function.__globals__ is self._namespace:
             for name in sorted(_globals_read(code)):
                 self.name(name)
-        for value in function.__dict__.values():
-            self.data(value, "")
+        else:
+            self.module(sys.modules.get(function.__module__ or ""))
+        self._via.pop()
 
     def _function_key(self, code: types.CodeType, name: str) -> str:
         if code.co_name != "<lambda>":
@@ -579,21 +619,38 @@ class _Search:
         data = {name: body[name] for name in sorted(body) if not isinstance(body[name], code_like)}
         data = {name: value for name, value in data.items() if name[:1] != "_" or not name.endswith("_")}
         data.pop("_abc_impl", None)
+        state = {f"attribute `{name}`": value for name, value in data.items()}
+        # Its own methods are part of its definition; functions that were put into it otherwise are not.
+        own: list[types.FunctionType] = []
+        strange: list[types.FunctionType] = []
+        for name, value in vars(kind).items():
+            for part in (value, getattr(value, "__func__", None), *_accessors(value)):
+                if not isinstance(part, types.FunctionType):
+                    continue
+                foreign = part.__globals__ is not self._namespace
+                meant = importable(part) if foreign else part.__code__.co_qualname
+                if _is_generated(part.__code__) or meant in (None, f"{kind.__qualname__}.{name}"):
+                    own.append(part)
+                else:
+                    strange.append(part)
+                    state[f"method `{name}`"] = meant
         definition = _class_definition(kind)
         by_value = partial(self._fingerprint, kind)
-        self._add(
-            _key(kind.__qualname__), definition, "" if definition is None else self._state(data), by_value
-        )
+        key = _key(kind.__qualname__)
+        self._add(key, definition, {} if definition is None else state, by_value)
+        self._via.append(key)
         for base in (*kind.__bases__, type(kind)):
             self.code(base, base.__name__)
+        for function in own:
+            self._method(function)
+        for function in strange:
+            self.code(function, function.__name__)
         for value in vars(kind).values():
-            for part in (value, getattr(value, "__func__", None), *_accessors(value)):
-                if isinstance(part, types.FunctionType):
-                    self._method(part)
-                elif isinstance(part, type):
-                    self.code(part, part.__name__)
-                elif part is value:
-                    self.data(part, "")
+            if isinstance(value, type):
+                self.code(value, value.__name__)
+            elif not isinstance(value, types.FunctionType | classmethod | staticmethod | property):
+                self.data(value, "")
+        self._via.pop()
 
     def _method(self, function: types.FunctionType) -> None:
         """Follow what a method reads; its code is part of its class's."""
@@ -606,65 +663,106 @@ class _Search:
         for cell in function.__closure__ or ():
             self.data(_content(cell), "")
 
-    def data(self, value: Any, name: str, depth: int = 0) -> None:
-        """Look at a value for functions, classes and instances of the notebook and the project."""
-        if isinstance(value, types.FunctionType | type | LruCacheWrapper):
-            self.code(value, name)
-        elif isinstance(value, types.ModuleType):
-            self.module(value)
-        elif isinstance(value, types.MethodType):
-            self.data(value.__func__, name, depth)
-            self.data(type(value.__self__), name, depth)
-        elif isinstance(value, partial):
-            for part in (value.func, *value.args, *value.keywords.values()):
-                self.data(part, name, depth)
-        elif type(value) in (list, tuple, set, frozenset, dict):
-            if depth < _SCAN_DEPTH and id(value) not in self._visited:
+    def data(self, value: Any, name: str) -> None:
+        """Look into a value for functions, classes and instances of the notebook and the project.
+
+        Containers and instances are looked into breadth first, up to 5,000 of them for a cell.
+        """
+        queue = deque([value])
+        while queue:
+            value = queue.popleft()
+            kind = type(value)
+            if isinstance(value, types.FunctionType | type | LruCacheWrapper):
+                self.code(value, name)
+            elif isinstance(value, types.ModuleType):
+                self.module(value)
+            elif isinstance(value, types.MethodType):
+                queue += (value.__func__, value.__self__)
+            elif isinstance(value, partial):
+                queue += (value.func, *value.args, *value.keywords.values())
+            elif kind not in ATOMS and id(value) not in self._visited and self._budget:
                 self._visited[id(value)] = value
-                members = list(value.values() if isinstance(value, dict) else value)[:_SCAN_ITEMS]
-                for member in members:
-                    self.data(member, name, depth + 1)
-        elif not hasattr(builtins, type(value).__name__):
-            self.code(type(value), type(value).__name__)
+                self._budget -= 1
+                if not hasattr(builtins, kind.__name__):
+                    self.code(kind, kind.__name__)
+                queue += self._parts(value)
+
+    def _parts(self, value: Any) -> Iterable[Any]:
+        """Return what a container or an instance holds that may hold code."""
+        if isinstance(value, dict):
+            members: Collection[Any] = dict.values(value)
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            members = value
+        else:
+            members = self._attributes(value)
+        if set(map(type, members)) <= ATOMS:
+            return ()
+        return [member for member in islice(members, _SCAN_OBJECTS) if type(member) not in ATOMS]
+
+    def _attributes(self, value: Any) -> list[Any]:
+        kind = type(value)
+        if kind not in self._slots:
+            named = {(base.__module__, base.__name__) for base in kind.__mro__}
+            slots = (member for base in kind.__mro__ for member in vars(base).values())
+            # each part of Jupyter holds the kernel, and so every variable
+            is_jupyters = ("traitlets.config.configurable", "Configurable") in named
+            found = tuple(slot for slot in slots if isinstance(slot, types.MemberDescriptorType))
+            self._slots[kind] = None if is_jupyters else found
+        if (descriptors := self._slots[kind]) is None:
+            return []
+        held = []
+        with suppress(AttributeError):  # it has slots only
+            held += object.__getattribute__(value, "__dict__").values()
+        for descriptor in descriptors:
+            with suppress(AttributeError):  # an empty slot
+                held.append(descriptor.__get__(value, kind))
+        return held
 
     def module(self, module: types.ModuleType | None) -> None:
-        """Note a module of the project, and those that it stands on."""
+        """Note a module; of the project's also those whose objects it holds."""
         if module is None or id(module) in self._visited:
             return
         self._visited[id(module)] = module
-        path = _project_file(module, self._root)
-        if path is None:
-            return
-        try:
-            source = path.read_text(encoding="utf-8", errors="surrogateescape")
-        except OSError:
-            return
-        self.found.modules[module.__name__] = code_digest(source)
-        for value in list(vars(module).values()):
-            if isinstance(value, types.ModuleType):
-                self.module(value)
-            else:
-                owner = getattr(value, "__module__", None)
-                owner = owner if isinstance(owner, str) else type(value).__module__
-                self.module(sys.modules.get(owner))
-
-    def _state(self, value: Any) -> str:
-        return self._fingerprint(value)
+        self.foreign.add(module.__name__)
+        if self._modules.file_of(module) is not None:
+            for value in list(vars(module).values()):
+                self.module(sys.modules.get(owner_of(value)))
 
     def _fingerprint(self, value: Any) -> str:
         return partial_fingerprint(value, self._namespace)[0]
 
-    def _add(self, key: str, definition: Found | None, state: str, by_value: Any) -> None:
+    def _add(self, key: str, definition: Found | None, state: Mapping[str, Any], by_value: Any) -> None:
         if key in self.found.helpers:
             return
+        digests = {name: self._fingerprint(value) for name, value in state.items()}
         if definition is None:
-            self.found.helpers[key] = HelperFact(ast=f"value:{by_value()}", state=state)
+            self.found.helpers[key] = HelperFact(ast=f"value:{by_value()}", state=digests)
         else:
             self.found.helpers[key] = HelperFact(
-                ast=_node_digest(definition.node),
-                state=state,
+                ast=node_digest(definition.node),
+                state=digests,
                 source=_segment(definition.node, definition.text),
+                label=self._label(definition.file),
+                line=_first_line(definition.node),
             )
+
+
+def _meaning(importable_name: str) -> str:
+    """Return what `module:name` means in any version of a package: its top-level module and the name."""
+    module, _, name = importable_name.partition(":")
+    return f"{module.partition('.')[0]}:{name}"
+
+
+def _defaults(function: types.FunctionType) -> dict[str, Any]:
+    code = function.__code__
+    found = function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount][code.co_argcount - len(found) :]
+    return {**dict(zip(names, found, strict=True)), **(function.__kwdefaults__ or {})}
+
+
+def _is_generated(code: types.CodeType) -> bool:
+    """Tell whether a package wrote the source of a function, as `dataclasses` and `attrs` do."""
+    return code.co_filename.startswith(("<string>", "<attrs"))
 
 
 def _content(cell: types.CellType) -> Any:
@@ -727,7 +825,9 @@ def _class_definition(kind: type) -> Found | None:
         for value in vars(kind).values()
         for part in (value, getattr(value, "__func__", None), *_accessors(value))
     ]
-    files = sorted({part.__code__.co_filename for part in members if isinstance(part, types.FunctionType)})
+    functions = [part.__code__ for part in members if isinstance(part, types.FunctionType)]
+    own = f"{kind.__qualname__}."  # others were put into it from elsewhere
+    files = sorted({code.co_filename for code in functions if code.co_qualname.startswith(own)})
     found = _classes_in(files, path)
     if not found:
         cells = [
@@ -784,34 +884,13 @@ def _definitions_in(text: str, path: tuple[str, ...]) -> list[Definition]:
     return [] if tree is None else list(_definitions(tree, path))
 
 
-@lru_cache(maxsize=4096)
-def _under_project(file: str, root: Path) -> Path | None:
-    path = Path(file).resolve()
-    if path.suffix != ".py" or not path.is_relative_to(root):
-        return None
-    if {"site-packages", "dist-packages"} & set(path.parts):
-        return None
-    own = Path(__file__).resolve().parents[1]
-    for foreign in (own, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()):
-        if foreign != root and foreign.is_relative_to(root) and path.is_relative_to(foreign):
-            return None
-    return None if path.is_relative_to(own) else path
-
-
-def _project_file(module: types.ModuleType, root: Path) -> Path | None:
-    file = getattr(module, "__file__", None)
-    if not isinstance(file, str) or module.__name__ == "__main__":
-        return None
-    return _under_project(file, root)
-
-
 # Without a kernel ------------------------------------------------------------------------------------------
 
 
 def helpers_in_source(sources: Iterable[tuple[str, str]], names: Iterable[str]) -> dict[str, HelperFact]:
     """Find helpers by name in a notebook's cells, given as (label, transformed source).
 
-    The last definition counts. The `ast` of each is the one that `uses` gives; `state` is "", since nothing
+    The last definition counts. The `ast` of each is the one that `uses` gives; its state is unknown, since nothing
     runs.
     """
     trees = [(label, source, _parsed(source)) for label, source in sources]
@@ -821,20 +900,44 @@ def helpers_in_source(sources: Iterable[tuple[str, str]], names: Iterable[str]) 
         for label, source, tree in trees:
             for node in [] if tree is None else _definitions(tree, path):
                 found[name] = HelperFact(
-                    ast=_node_digest(node), state="", source=_segment(node, source), label=label
+                    ast=node_digest(node),
+                    state=None,
+                    source=_segment(node, source),
+                    label=label,
+                    line=_first_line(node),
                 )
     return found
 
 
-def explain_helper_change(old: HelperFact, new: HelperFact, name: str) -> str:
-    """Say what changed about a helper, e.g. "helper `clean` changed, line 4" (of the helper)."""
-    where = f" ({new.label})" if new.label else ""
-    if old.ast == new.ast:
-        return f"helper `{name}`{where} holds another value (a default, closure or class attribute)"
-    before, after = old.source.splitlines(), new.source.splitlines()
-    for number, (left, right) in enumerate(zip(before, after, strict=False), start=1):
-        if left.split("#")[0].split() != right.split("#")[0].split():
-            return f"helper `{name}` changed{where}, line {number}"
-    if len(before) != len(after) and before and after:
-        return f"helper `{name}` changed{where}, line {min(len(before), len(after)) + 1}"
-    return f"helper `{name}` changed{where}"
+def imports_in_source(sources: Iterable[tuple[str, str]], recorded: Mapping[str, str]) -> dict[str, str]:
+    """Say what names would mean that recorded code imports, as `Uses.imports` does.
+
+    A name that is imported from where the recorded object may well come is taken to mean that; one whose import is
+    not found, too.
+    """
+    found = dict(recorded)
+    for _, source in sources:
+        tree = _parsed(source)
+        for node in ast.walk(tree) if tree is not None else ():
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for alias in node.names:
+                    name = alias.asname or alias.name.partition(".")[0]
+                    if name in recorded:
+                        found[name] = _meant(node, alias, recorded[name])
+    return found
+
+
+def _meant(node: ast.Import | ast.ImportFrom, alias: ast.alias, recorded: str) -> str:
+    if isinstance(node, ast.Import):
+        return alias.name if alias.asname else alias.name.partition(".")[0]
+    top = (node.module or "").partition(".")[0]
+    module, _, name = recorded.partition(":")
+    if not name:  # a module: `from matplotlib import pyplot`
+        return (
+            recorded
+            if module in (f"{node.module}.{alias.name}", "posixpath", "ntpath")
+            else f"{top}:{alias.name}"
+        )
+    both_standard = {top, module} <= sys.stdlib_module_names  # `os.getcwd` is `posix.getcwd`
+    alike = name.rpartition(".")[2] == alias.name and (top == module or both_standard)
+    return recorded if alike else f"{top}:{alias.name}"

@@ -124,7 +124,7 @@ def _changed_helpers(before: Manifest, after: Manifest) -> Iterable[str]:
         if (old[name].ast, old[name].state) != (new[name].ast, new[name].state):
             yield name
     for name in sorted(before.code.modules.keys() & after.code.modules.keys()):
-        if before.code.modules[name] != after.code.modules[name]:
+        if before.code.modules[name].digest != after.code.modules[name].digest:
             yield f"module {name}"
 
 

@@ -30,25 +30,42 @@ class InputFact(Shape):
 
     value: str  # fingerprint of its value
     origin: str  # fingerprint of the source that last wrote it
-    label: str = ""  # that source, for people: "cell 2"
+    label: str = ""  # that source, for people: "the cell `n = 5`", "step clean"
+    cell: str = ""  # where that stands, for people: "cell 2"
+    line: int = 0  # of that cell; 0 where it is not known
+    via: str = ""  # the helper that reads it; "" where the step itself does
 
 
 class HelperFact(Shape):
     """What a function or class of the notebook was when the step that uses it ran."""
 
     ast: str  # digest of its code without positions, comments and whitespace
-    state: str  # fingerprint of defaults, closure values and class attributes; "" where it is not known
+    state: dict[str, str] | None  # "default `n`" and the like → fingerprint; None where nothing ran
     source: str = ""  # at most 20 kB, to show what changed
     label: str = ""  # where it stands, for people: "cell 2"
+    line: int = 0  # of that cell, at which it begins; 0 where it is not known
+
+
+class ModuleFact(Shape):
+    """What a module of the project was when the step that imports it ran."""
+
+    digest: str
+    file: str  # from the project's folder
+    outline: str = ""  # `line:digest` of its statements, at most 2000, to show what changed
 
 
 class CodeFacts(Shape):
     """The code that a step ran."""
 
     source: str
+    first_line: int = 1  # of the cell, at which `source` begins
     digest: str
     helpers: dict[str, HelperFact] = Field(default_factory=dict)
-    modules: dict[str, str] = Field(default_factory=dict)  # project module → digest of its source
+    imports: dict[str, str] = Field(
+        default_factory=dict
+    )  # name → "math:floor", the foreign object that it means
+    modules: dict[str, ModuleFact] = Field(default_factory=dict)
+    packages: dict[str, str] = Field(default_factory=dict)  # distribution → version
     watched: dict[str, dict[str, str]] = Field(default_factory=dict)  # as `checkpoint/watched.py` finds it
     python: str = ""  # "3.11"
 
@@ -91,6 +108,9 @@ class Group(Shape):
     names: tuple[str, ...]
     stream: Blob
     buffers: tuple[Blob, ...] = ()
+    code: bool = (
+        False  # it holds functions or classes by value, which only the same version of Python can load
+    )
 
 
 class Manifest(Shape):

@@ -8,14 +8,15 @@ that a plan says what will happen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from blake3 import blake3
 
-from nbdurable.checkpoint.analysis import CellNames, explain_helper_change
+from nbdurable.checkpoint.analysis import CellNames
 from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest
-from nbdurable.checkpoint.watched import ENVIRONMENT, Watched
+from nbdurable.checkpoint.packages import installed
+from nbdurable.checkpoint.reasons import Cause, code_cause, input_cause, versions_differ
 
 OnDrift = Literal["keep", "rerun", "error"]
 Action = Literal["execute", "restore", "continue", "refuse"]
@@ -38,6 +39,8 @@ class Origin:
     digest: str
     label: str
     step: str | None = None  # the step that wrote it; None: a plain cell, or the parameters
+    cell: str = ""  # where the source of a plain cell's variable stands: "cell 2"
+    line: int = 0  # of that cell
 
 
 UNKNOWN = Origin("", "something outside the notebook's cells")
@@ -48,27 +51,46 @@ class Origins:
 
     A plain cell's variables come from its code and from the origins of what it read; a step's from the value that
     it left. So a change is seen through any number of plain cells, while a value that merely comes out differently
-    (`datetime.now()`) is not a change of origin but drift.
+    (`datetime.now()`) is not a change of origin but drift. A plain cell that may have changed a variable's object
+    without binding it (`rows.append(2)`) is behind it as well, once, however often it is executed.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, Origin] = {}
+        self._touched: dict[
+            str, tuple[Origin, set[str]]
+        ] = {}  # where it was bound, and the cells that touched it since
 
     def __getitem__(self, name: str) -> Origin:
         return self._known.get(name, UNKNOWN)
 
-    def plain_cell(self, names: CellNames, code_digest: str, label: str) -> None:
-        """Note what a plain cell wrote."""
+    def plain_cell(self, names: CellNames, code_digest: str, label: str, cell: str = "") -> None:
+        """Note what a plain cell wrote; `cell` names its place for people."""
         behind = digest(code_digest, *(f"{name}={self[name].digest}" for name in sorted(names.loads)))
+        touched = {
+            name: self._touch(name, names, code_digest) for name in names.touches if name in self._known
+        }
+        for name, found in touched.items():
+            self._known[name] = replace(found, label=label, cell=cell, line=names.lines.get(name, 0))
         for name in names.stores:
-            self._known[name] = Origin(digest(behind, name), label)
+            self._bind(name, Origin(digest(behind, name), label, cell=cell, line=names.lines.get(name, 0)))
         for name in names.deletes:
             self._known.pop(name, None)
+
+    def _touch(self, name: str, names: CellNames, code_digest: str) -> Origin:
+        others = (f"{other}={self[other].digest}" for other in sorted(names.loads - {name}))
+        bound, cells = self._touched.setdefault(name, (self._known[name], set()))
+        cells.add(digest(code_digest, *others))
+        return replace(bound, digest=digest(bound.digest, *sorted(cells)))
+
+    def _bind(self, name: str, origin: Origin) -> None:
+        self._known[name] = origin
+        self._touched.pop(name, None)
 
     def step(self, step: str, fingerprints: Mapping[str, str], deleted: Iterable[str]) -> None:
         """Note what a step wrote."""
         for name, value in fingerprints.items():
-            self._known[name] = Origin(digest("step", step, name, value), f"step {step}", step)
+            self._bind(name, Origin(digest("step", step, name, value), f"step {step}", step))
         for name in deleted:
             self._known.pop(name, None)
 
@@ -80,45 +102,7 @@ class Verdict:
     action: Action
     reason: str
     drifted: tuple[str, ...] = ()
-
-
-def _code_change(old: CodeFacts, new: CodeFacts) -> str | None:
-    # The digest is of the syntax tree, whose shape may change between Python versions; equal text is equal code.
-    if old.digest != new.digest and (old.python == new.python or old.source != new.source):
-        return "its code changed"
-    for name in sorted(old.helpers.keys() | new.helpers.keys()):
-        before, after = old.helpers.get(name), new.helpers.get(name)
-        if before is None:
-            return f"it now uses helper `{name}`"
-        if after is None:
-            return f"helper `{name}` is gone"
-        if before.ast != after.ast or (before.state != after.state and after.state and before.state):
-            return explain_helper_change(before, after, name)
-    for module in sorted(old.modules.keys() | new.modules.keys()):
-        if old.modules.get(module) != new.modules.get(module):
-            return f"module `{module}` changed"
-    return _watched_change(old.watched, new.watched)
-
-
-def _watched_change(old: Watched, new: Watched) -> str | None:
-    for declared, now in sorted(new.items()):
-        if (was := old.get(declared)) is None:
-            return f"it now watches {declared}"
-        names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-        if names:
-            is_variable = declared.startswith(ENVIRONMENT)
-            words = ("was set", "was unset") if is_variable else ("was added", "was removed")
-            word = words[0] if names[0] not in was else words[1] if names[0] not in now else "changed"
-            what = names[0].removeprefix(ENVIRONMENT) if is_variable else names[0]
-            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"watched {'environment variable' if is_variable else 'file'} {what} {word}{more}"
-    return None
-
-
-def _origin_change(name: str, old: InputFact, new: InputFact) -> str:
-    if new.label == old.label:
-        return f"its input `{name}` is another one ({new.label})"
-    return f"its input `{name}` now comes from {new.label}"
+    cause: Cause | None = None  # of an execution, where it is a change
 
 
 def decide(
@@ -130,39 +114,49 @@ def decide(
     visited: bool,
     on_drift: OnDrift | None = None,
     forced: str | None = None,
+    installed: Callable[[str], str | None] = installed,
 ) -> Verdict:
     """Decide about a step.
 
     `recorded`: its checkpoint, or None. `inputs`: gives the facts of its inputs now; asked for only if the code is
     the same. `visited`: whether this kernel ran or restored it before. `on_drift` overrides the rule for inputs of
     the same origin but another value: keep (restore), rerun, or error; None: restore on the first visit, run
-    afterwards. `forced`: why it must run whatever is known, or None.
+    afterwards. `forced`: why it must run whatever is known, or None. `installed`: the version of a distribution here;
+    a checkpoint made with another one is restored, and the reason says so.
     """
     if forced is not None:
         return Verdict("execute", forced)
     if recorded is None:
         return Verdict("execute", "it has no checkpoint yet")
-    if change := _code_change(recorded.code, code):
-        return Verdict("execute", change)
+    if (cause := code_cause(recorded.code, code)) is not None:
+        return Verdict("execute", cause.sentence, cause=cause)
+    if recorded.code.python != code.python and any(group.code for group in recorded.groups):
+        said = f"it left functions or classes of Python {recorded.code.python}, which Python {code.python} can't load"
+        return Verdict("execute", said, cause=Cause(said, "python"))
     now = inputs()
     drifted: list[str] = []
     for name in sorted(recorded.inputs.keys() | now.keys()):
         before, after = recorded.inputs.get(name), now.get(name)
         if before is None:
-            return Verdict("execute", f"it now reads `{name}`")
+            cause = Cause(f"it now reads `{name}`", "input", name, after.cell if after else "")
+            return Verdict("execute", cause.sentence, cause=cause)
         if after is None:
-            return Verdict("execute", f"its input `{name}` is gone")
+            cause = Cause(f"its input `{name}` is gone", "input", name)
+            return Verdict("execute", cause.sentence, cause=cause)
         if before.value == after.value:
             continue
         if before.origin != after.origin:
-            return Verdict("execute", _origin_change(name, before, after))
+            cause = input_cause(name, before, after)
+            return Verdict("execute", cause.sentence, cause=cause)
         drifted.append(name)
     going_on: Action = "restore" if recorded.resume_at is None else "continue"
+    made_with = versions_differ(recorded.code, code.python, installed)
+    made_with = f"; {made_with}" if made_with else ""
     if not drifted:
         reason = "same code and inputs"
         if going_on == "continue":
             reason += "; goes on behind what it waited for"
-        return Verdict(going_on, reason)
+        return Verdict(going_on, reason + made_with)
     names = ", ".join(f"`{name}`" for name in drifted)
     plural = "s" if len(drifted) > 1 else ""
     if on_drift == "error":
@@ -170,10 +164,11 @@ def decide(
             "refuse", f"the value of input{plural} {names} differs (--on-drift error)", tuple(drifted)
         )
     if on_drift == "rerun" or (on_drift is None and visited):
-        return Verdict("execute", f"the value of its input{plural} {names} changed", tuple(drifted))
+        said = f"the value of its input{plural} {names} changed"
+        return Verdict("execute", said, tuple(drifted), Cause(said, "input", drifted[0]))
     return Verdict(
         going_on,
         f"same code; the value of input{plural} {names} differs now, the kept result was not made from it "
-        f"(`%durable rerun {step}` runs it again)",
+        f"(`%durable rerun {step}` runs it again){made_with}",
         tuple(drifted),
     )

@@ -61,12 +61,16 @@ _PLAIN = "create it in a plain cell"
 
 @dataclass(frozen=True)
 class Saved:
-    """What `save` wrote: parts of a manifest, not yet durable. `fingerprints` are those of the saved names."""
+    """What `save` wrote: parts of a manifest, not yet durable.
+
+    `fingerprints` are those of the saved names, `modules` those that their types and functions come from.
+    """
 
     groups: tuple[Group, ...]
     variables: tuple[Variable, ...]
     random: Blob | None
     fingerprints: dict[str, str] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
 
 
 def save(
@@ -99,7 +103,7 @@ def save(
     groups, variables, digests = [], list(job.refused.values()), {}
     for pack in packs:
         stream, buffers = next(kept), tuple(islice(kept, len(pack.buffers)))
-        groups.append(Group(names=pack.names, stream=stream, buffers=buffers))
+        groups.append(Group(names=pack.names, stream=stream, buffers=buffers, code=pack.code))
         for name in pack.names:
             kind, shape, preview = describe(namespace[name])
             variables.append(
@@ -111,6 +115,7 @@ def save(
         variables=tuple(sorted(variables, key=lambda variable: variable.name)),
         random=put_blob(pickle.dumps(_random_state(), protocol=5), blobs) if random else None,
         fingerprints=digests,
+        modules=frozenset(module for pack in packs for module in pack.modules),
     )
 
 
@@ -127,6 +132,8 @@ class _Pack:
     stream: bytes
     buffers: list[memoryview]
     sizes: dict[str, int]
+    modules: frozenset[str]
+    code: bool
 
 
 class _Refused(Exception):
@@ -250,7 +257,8 @@ class _Job:
                 raise _Refused(name, f"pickle refuses it ({reason[:300]}); {_PLAIN}") from error
             sizes[name] = file.tell() - start + sum(buffer.nbytes for buffer in buffers[first:])
         pickler.dump(pickler.sources)
-        pack = _Pack(names, file.getvalue(), buffers, sizes)
+        modules = frozenset(pickler.modules)
+        pack = _Pack(names, file.getvalue(), buffers, sizes, modules, pickler.by_value)
         small = len(pack.stream) <= VERIFIED_STREAM_BYTES
         if self.verify and small and sum(buffer.nbytes for buffer in buffers) <= VERIFIED_BUFFER_BYTES:
             self._verify(pack)
@@ -351,6 +359,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._empty: dict[int, types.CellType] = {}  # cells whose content a function carries
         self._numpy: Any = sys.modules.get("numpy")
         self.sources: dict[str, str] = {}  # cells that define the functions and classes saved by value
+        self.by_value = False  # whether there are any
+        self.modules: set[str] = set()  # top-level ones, of the types and the functions that it met
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -362,6 +372,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if kind.__module__ == "dataclasses" and (name := _sentinel(obj)) is not None:
             return name
         package = kind.__module__.partition(".")[0]
+        self.modules.add(package)
         if package == "numpy" and kind is self._numpy.ndarray:
             return self._array(obj)
         if package == "pyarrow" and isinstance(obj, sys.modules["pyarrow"].Array):
@@ -380,9 +391,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _function(self, function: types.FunctionType) -> Any:
         if (name := importable(function)) is not None:
             module, _, path = name.partition(":")
+            self.modules.add(module.partition(".")[0])
             return NotImplemented if path == function.__qualname__ else (rebuild.imported, (module, path))
         if (reference := self._live(function)) is not None:
             return reference
+        self.by_value = True
         if not is_notebook_function(function, self._namespace):
             return self._foreign_function(function)
         self._note_source(function)
@@ -432,9 +445,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _class(self, kind: type) -> Any:
         if importable(kind) is not None:
+            self.modules.add(kind.__module__.partition(".")[0])
             return NotImplemented
         if (reference := self._live(kind)) is not None:
             return reference
+        self.by_value = True
         if (hook := _runs_when_subclassed(kind)) is not None:
             raise pickle.PicklingError(f"making the class again would run `{hook}` again")
         reduced = super().reducer_override(kind)

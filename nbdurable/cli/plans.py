@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbdurable.checkpoint.manifest import Manifest, unseal
 from nbdurable.checkpoint.watched import Watcher
@@ -15,9 +16,12 @@ from nbdurable.cli.screen import Line, Screen, warn
 from nbdurable.client import Client
 from nbdurable.contract import CHECKPOINTS, GET_RUN, LIST_RUNS, ByRun, ListRuns
 from nbdurable.errors import NotebookError
-from nbdurable.models import DriverKind, Run, StepStatus
+from nbdurable.models import JSON, DriverKind, Run, StepStatus
 from nbdurable.security import load_key
 from nbdurable.settings import find_project
+
+if TYPE_CHECKING:
+    from nbdurable.kernel.foresight import Foreseen
 
 _STYLES = {"restore": "cyan", "continue": "cyan", "run": "yellow"}
 
@@ -56,7 +60,7 @@ def print_plan(target: str, screen: Screen) -> None:
     watcher = Watcher(notebook.parent, key)
     foreseen = foresee(parse_cells(cells), known, find_project(notebook), watcher, every_cell=every_cell)
     if screen.json_mode:
-        screen.data([{"name": step.step, "action": step.action, "reason": step.reason} for step in foreseen])
+        screen.data([_json(step) for step in foreseen])
         return
     compared: Line = (
         (f"  compared with run {newest.short}, {newest.status}",) if newest else ("  it has no run yet",)
@@ -72,6 +76,14 @@ def print_plan(target: str, screen: Screen) -> None:
             (f"{step.action:<8}", _STYLES.get(step.action, "")),
             f"  {step.reason}",
         )
+
+
+def _json(step: Foreseen) -> dict[str, JSON]:
+    cause = step.cause
+    parts: dict[str, JSON] | None = None
+    if cause is not None:
+        parts = {"kind": cause.kind, "name": cause.name, "cell": cause.cell, "line": cause.line}
+    return {"name": step.step, "action": step.action, "reason": step.reason, "cause": parts}
 
 
 def _newest(client: Client, notebook: Path) -> Run | None:

@@ -19,11 +19,11 @@ from typing import Literal
 from nbdurable import contract
 from nbdurable.checkpoint import analysis
 from nbdurable.checkpoint.manifest import Blob, CodeFacts, Group, InputFact, Manifest, put_blob, seal
+from nbdurable.checkpoint.packages import versions
 from nbdurable.checkpoint.plan import Verdict, digest
 from nbdurable.checkpoint.save import save
 from nbdurable.errors import Suspended
 from nbdurable.kernel import display
-from nbdurable.kernel.foresight import label_of
 from nbdurable.kernel.outputs import Output, Recorder, recording
 from nbdurable.kernel.session import Session
 from nbdurable.models import Checkpoint, StepStatus, Variable
@@ -44,6 +44,7 @@ class Captured:
     random: Blob | None = None
     deleted: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
+    modules: frozenset[str] = frozenset()  # that the values' types come from
 
     @property
     def unsaved(self) -> set[str]:
@@ -176,6 +177,7 @@ class Execution:
             random=saved.random,
             deleted=tuple(sorted(deleted)),
             outputs=tuple(self.recorder.finished()),
+            modules=saved.modules,
         )
 
     def commit(self) -> tuple[Variable, ...]:
@@ -215,12 +217,13 @@ class Execution:
     ) -> None:
         session = self.session
         outputs = json.dumps(captured.outputs).encode()
+        packages = self.code.packages | versions(captured.modules | self.names.imports)
         manifest = Manifest(
             run_id=session.run_id,
             step=self.name,
             created_at=time.time(),
             duration_s=time.perf_counter() - self._began + (self.kept.duration_s if self.kept else 0.0),
-            code=self.code,
+            code=self.code.model_copy(update={"packages": packages}),
             inputs=self.inputs,
             fingerprints=captured.fingerprints,
             variables=captured.variables,
@@ -261,7 +264,7 @@ class Execution:
         )
         session.note(checkpoint, manifest)
         if self.is_setup:
-            session.origins.plain_cell(self.names, self.code.digest, label_of(self.code.source))
+            session.note_plain_cell(self.names, self.code.digest, self.code.source)
         elif status != "waiting":
             session.visited.add(self.name)
             note_origins(session, manifest)
@@ -269,7 +272,7 @@ class Execution:
     def _needed_from(self, statement: int) -> set[str]:
         rest = ast.Module(self.body[statement:], type_ignores=[])
         names = analysis.analyse(rest, "")
-        return analysis.uses(names.loads, self.session.values, self.session.project).inputs | set(names.loads)
+        return {*analysis.uses(names.loads, self.session.values, self.session.modules).inputs, *names.loads}
 
 
 @contextmanager

@@ -16,8 +16,11 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from nbdurable.checkpoint import analysis
 from nbdurable.checkpoint.manifest import CodeFacts, InputFact, Manifest
+from nbdurable.checkpoint.modules import fact_of_file
 from nbdurable.checkpoint.plan import Origins, decide
-from nbdurable.checkpoint.watched import Watcher
+from nbdurable.checkpoint.reasons import Cause
+from nbdurable.checkpoint.sources import code_digest as digest_of
+from nbdurable.checkpoint.watched import Watched, Watcher
 from nbdurable.errors import StepUsageError, UsageError
 from nbdurable.kernel.rewrite import rewrite_lines, take_marker
 from nbdurable.stepline import StepOptions, is_step, parse_step_line
@@ -40,6 +43,7 @@ class Foreseen:
     step: str
     action: str  # restore, continue, run
     reason: str
+    cause: Cause | None = None  # what changed, where that makes it run
 
 
 def read_cells(notebook: Path) -> list[NotebookCell]:
@@ -83,11 +87,12 @@ def foresee(
     that only a run can make are taken as unchanged.
     """
     origins = Origins()
-    plain: list[tuple[str, str]] = []
+    sources: list[tuple[str, str]] = []  # place for people and transformed text of each cell so far
     running: set[str] = set()
     foreseen: list[Foreseen] = []
-    for cell in cells:
-        tree = _tree(cell.source)
+    for number, cell in enumerate(cells, start=1):
+        place = f"cell {number}"
+        text, tree = _tree(cell.source)
         if tree is None:
             if cell.options is not None or cell.problem:
                 name = cell.options.name if cell.options else cell.id
@@ -96,17 +101,17 @@ def foresee(
         take_marker(tree)
         name = cell.options.name if cell.options else cell.id
         names = analysis.analyse(tree, cell.source)
-        code_digest = analysis.code_digest(ast.unparse(tree))
+        code_digest = digest_of(ast.unparse(tree))
         if cell.problem:
             foreseen.append(Foreseen(name, "run", cell.problem))
             continue
         if cell.options is None and not every_cell:
-            plain.append((cell.id, ast.unparse(tree)))
-            origins.plain_cell(names, code_digest, label_of(cell.source))
+            sources.append((place, text))
+            origins.plain_cell(names, code_digest, label_of(cell.source), place)
             continue
         recorded = known.get(name)
         if recorded is None:
-            verdict_action, reason = "run", "it has no checkpoint yet"
+            verdict_action, reason, cause = "run", "it has no checkpoint yet", None
             fingerprints = dict.fromkeys(names.stores, "")
         else:
             options = cell.options
@@ -115,15 +120,7 @@ def foresee(
             except UsageError as error:
                 foreseen.append(Foreseen(name, "run", error.message))
                 continue
-            helpers = analysis.helpers_in_source(plain, set(recorded.code.helpers) | set(names.loads))
-            code = CodeFacts(
-                source=cell.source.lstrip().partition("\n")[2] if cell.options else cell.source,
-                digest=code_digest,
-                helpers={**{n: f for n, f in recorded.code.helpers.items() if n not in helpers}, **helpers},
-                modules={n: _module_now(n, project) or was for n, was in recorded.code.modules.items()},
-                watched=watched,
-                python=f"{sys.version_info.major}.{sys.version_info.minor}",
-            )
+            code = _facts(cell, code_digest, names, recorded.code, sources, project, watched)
             inputs = {n: _input(n, fact, origins, running) for n, fact in recorded.inputs.items()}
             verdict = decide(
                 recorded,
@@ -135,23 +132,39 @@ def foresee(
                 forced="forced by --force" if options and options.force else None,
             )
             verdict_action = "run" if verdict.action == "execute" else verdict.action
-            reason = _reason(verdict.drifted, recorded, running) or verdict.reason
+            reason, cause = _reason(verdict.drifted, recorded, running) or verdict.reason, verdict.cause
             fingerprints = dict(recorded.fingerprints)
         if verdict_action == "run":
             running.add(name)
             fingerprints = {**fingerprints, **dict.fromkeys(names.stores, "")}
         origins.step(name, fingerprints, recorded.deleted if recorded else ())
-        foreseen.append(Foreseen(name, verdict_action, reason))
+        sources.append((place, text))
+        foreseen.append(Foreseen(name, verdict_action, reason, cause))
     return foreseen
 
 
-def _module_now(name: str, project: Path) -> str | None:
-    """Return the digest of a project module's source as it stands on disk, where it stands below the project."""
-    relative = Path(*name.split("."))
-    for path in (project / relative.with_suffix(".py"), project / relative / "__init__.py"):
-        if path.is_file():
-            return analysis.code_digest(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    return None
+def _facts(
+    cell: NotebookCell,
+    digest: str,
+    names: analysis.CellNames,
+    recorded: CodeFacts,
+    sources: Sequence[tuple[str, str]],
+    project: Path,
+    watched: Watched,
+) -> CodeFacts:
+    """Return the facts of a step's code as it stands; what only a running kernel can know is as recorded."""
+    helpers = analysis.helpers_in_source(sources, {*recorded.helpers, *names.loads})
+    modules = {name: fact_of_file(project / was.file, project) for name, was in recorded.modules.items()}
+    return CodeFacts(
+        source=cell.source.lstrip().partition("\n")[2] if cell.options else cell.source,
+        first_line=2 if cell.options else 1,
+        digest=digest,
+        helpers={**{n: fact for n, fact in recorded.helpers.items() if n not in helpers}, **helpers},
+        imports=analysis.imports_in_source(sources, recorded.imports),
+        modules={name: fact for name, fact in modules.items() if fact is not None},
+        watched=watched,
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
+    )
 
 
 def _input(name: str, fact: InputFact, origins: Origins, running: set[str]) -> InputFact:
@@ -160,7 +173,14 @@ def _input(name: str, fact: InputFact, origins: Origins, running: set[str]) -> I
     if origin.step in running:
         return InputFact(value="", origin=fact.origin, label=origin.label)
     same = origin.digest == fact.origin
-    return InputFact(value=fact.value if same else "", origin=origin.digest, label=origin.label)
+    return InputFact(
+        value=fact.value if same else "",
+        origin=origin.digest,
+        label=origin.label,
+        cell=origin.cell,
+        line=origin.line,
+        via=fact.via,
+    )
 
 
 def _reason(drifted: tuple[str, ...], recorded: Manifest, running: set[str]) -> str:
@@ -178,11 +198,12 @@ def label_of(source: str) -> str:
     return f"the cell `{first if len(first) <= 40 else first[:39] + '…'}`"
 
 
-def _tree(source: str) -> ast.Module | None:
+def _tree(source: str) -> tuple[str, ast.Module | None]:
+    """Return a cell's text as IPython transforms it, and its tree; None where it can't be parsed."""
     manager = TransformerManager()
     manager.cleanup_transforms.append(rewrite_lines)
     try:
-        tree: ast.Module = ast.parse(manager.transform_cell(source))
+        text = str(manager.transform_cell(source))
+        return text, ast.parse(text)
     except (SyntaxError, ValueError, StepUsageError):
-        return None
-    return tree
+        return "", None

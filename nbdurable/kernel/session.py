@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from nbdurable import contract, security
+from nbdurable.checkpoint.analysis import CellNames
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.checkpoint.manifest import Manifest, unseal
+from nbdurable.checkpoint.modules import Modules
 from nbdurable.checkpoint.plan import Origins
 from nbdurable.checkpoint.track import Tracker
 from nbdurable.checkpoint.watched import Watcher
 from nbdurable.client import Client
 from nbdurable.errors import DurableError, Fenced, LeaseHeld, UsageError
 from nbdurable.kernel import whereabouts
-from nbdurable.kernel.foresight import read_cells
+from nbdurable.kernel.foresight import label_of, read_cells
 from nbdurable.models import Checkpoint, Driver, DriverKind, Run, StepStatus
 from nbdurable.processes import identity
 from nbdurable.settings import Home, Settings, find_home, find_project
@@ -55,6 +57,7 @@ class Session:
         hidden = dict(shell.user_ns_hidden)
         self.tracker = Tracker(self.values, ignore=lambda n: n in hidden and self.values.get(n) is hidden[n])
         self.origins = Origins()
+        self.modules = Modules(self.project)
         self.watcher = Watcher(self.notebook.parent, self.key)
         self.run: Run | None = None
         self.checkpoints: dict[str, Checkpoint] = {}
@@ -160,6 +163,19 @@ class Session:
         self.to_rerun.clear()
         found = self.client.call(contract.CHECKPOINTS, contract.ByRun(run_id=run.id))
         self.checkpoints = {checkpoint.step: checkpoint for checkpoint in found.checkpoints}
+
+    # Cells ----------------------------------------------------------------------------------------------------
+
+    def note_plain_cell(self, names: CellNames, code_digest: str, source: str) -> None:
+        """Note where the variables of a plain cell come from, as the cell ends."""
+        number = getattr(self.shell, "execution_count", 0)
+        self.origins.plain_cell(names, code_digest, label_of(source), f"cell {number}")
+
+    def cell_of(self, file: str) -> str:
+        """Name the cell that a file name of compiled code stands for, as tracebacks do; "" for other files."""
+        named = self.shell.compile.format_code_name(file)
+        number = named[1].removeprefix("In[").removesuffix("]") if named else ""
+        return f"cell {number}" if number.isdigit() else ""
 
     # Checkpoints ----------------------------------------------------------------------------------------------
 

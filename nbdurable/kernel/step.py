@@ -28,13 +28,15 @@ from nbdurable.checkpoint.manifest import (
     Manifest,
     read_blob,
 )
+from nbdurable.checkpoint.packages import versions
 from nbdurable.checkpoint.plan import Verdict, decide
 from nbdurable.checkpoint.restore import restore
+from nbdurable.checkpoint.sources import code_digest
 from nbdurable.checkpoint.watched import missing
 from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspended
 from nbdurable.kernel import display
 from nbdurable.kernel.execution import Execution, note_origins
-from nbdurable.kernel.foresight import label_of, read_cells
+from nbdurable.kernel.foresight import read_cells
 from nbdurable.kernel.outputs import Output, replay
 from nbdurable.kernel.rewrite import GATE_CALL, HOOK, call, is_setup, may_wait, take_marker, unmark
 from nbdurable.kernel.session import Session
@@ -111,13 +113,14 @@ class Steps:
     def post_run_cell(self, result: Any) -> None:
         if not self._cells or _elsewhere():
             return  # the cell that loaded the extension, or a subshell's
+        self.session.modules.note()
         cell = self._cells.pop()
         if self._cells:
             return
         execution = cell.execution
         if execution is None:
             if cell.names is not None:
-                self.session.origins.plain_cell(cell.names, cell.digest, label_of(cell.source))
+                self.session.note_plain_cell(cell.names, cell.digest, cell.source)
                 try:  # in front of a person what it showed is taken back later, if need be
                     self.session.blobs.settle(wait=self.session.headless)
                 except DurableError as trouble:
@@ -171,8 +174,8 @@ class Steps:
             age = span(max(0.0, time.time() - manifest.created_at))
             kept = display.summary(manifest.variables)
             line = f"↺ {options.name}  restored, {age} old, {verdict.reason}" + (f" · {kept}" if kept else "")
-            display.say(self.shell, "\n  ".join([line, *_notices(manifest)]))
-        elif noticed := _notices(manifest):
+            display.say(self.shell, "\n  ".join([line, *self._notices(manifest)]))
+        elif noticed := self._notices(manifest):
             display.say(self.shell, "\n".join(noticed))
 
     def go_on(self) -> None:
@@ -219,14 +222,14 @@ class Steps:
             options = StepOptions(cell.id)
         else:
             cell.names = analysis.analyse(tree, cell.source)
-            cell.digest = analysis.code_digest(ast.unparse(tree))
+            cell.digest = code_digest(ast.unparse(tree))
             return tree
         self._check_unique(options, cell)
         configures = session.every_cell and line is None and is_setup(tree)
         body = list(tree.body)
         names = analysis.analyse(tree, cell.source)
         code, used = self._facts(cell, tree, names, options, is_marked=line is not None)
-        mentioned = frozenset(names.loads | used.inputs)
+        mentioned = frozenset({*names.loads, *used.inputs})
         session.run_id  # noqa: B018  raises what keeps steps from running; creates the run where there is none
         known = session.manifest(options.name)
         facts: dict[str, InputFact] = {}
@@ -335,14 +338,20 @@ class Steps:
         *,
         is_marked: bool,
     ) -> tuple[CodeFacts, analysis.Uses]:
-        used = analysis.uses(names.loads, self.session.values, self.session.project)
+        session = self.session
+        used = analysis.uses(
+            names.loads, session.values, session.modules, imports=names.imports, label=session.cell_of
+        )
         source = cell.source.lstrip().partition("\n")[2] if is_marked else cell.source
         code = CodeFacts(
             source=source,
-            digest=analysis.code_digest(ast.unparse(tree)),
+            first_line=2 if is_marked else 1,
+            digest=code_digest(ast.unparse(tree)),
             helpers=used.helpers,
+            imports=used.imports,
             modules=used.modules,
-            watched=self.session.watcher.look(options.watch),
+            packages=versions(used.packages),
+            watched=session.watcher.look(options.watch),
             python=f"{sys.version_info.major}.{sys.version_info.minor}",
         )
         return code, used
@@ -350,19 +359,34 @@ class Steps:
     def _inputs(self, used: analysis.Uses) -> dict[str, InputFact]:
         session = self.session
         facts = {}
-        for name in used.inputs:
+        for name, via in used.inputs.items():
             if name in session.values and session.tracker.is_users(name):
                 origin = session.origins[name]
                 facts[name] = InputFact(
-                    value=session.tracker.fingerprint(name), origin=origin.digest, label=origin.label
+                    value=session.tracker.fingerprint(name),
+                    origin=origin.digest,
+                    label=origin.label,
+                    cell=origin.cell,
+                    line=origin.line,
+                    via=via,
                 )
         return facts
 
     # Telling -----------------------------------------------------------------------------------------------------
 
+    def _notices(self, manifest: Manifest) -> list[str]:
+        """Say what a restored checkpoint lacks, and what about its code is not as one would think."""
+        return [*display.notices(manifest.variables), *self._about(manifest.code)]
+
+    def _about(self, code: CodeFacts) -> list[str]:
+        """Say which of the things that a step watches are not there, and which modules run as they were before."""
+        edited = [code.modules[name].file for name in self.session.modules.edited(code.modules)]
+        told = [f"{file} was edited after it was loaded: reload it, or restart the kernel" for file in edited]
+        return [*missing(code.watched), *told]
+
     def _say_kept(self, execution: Execution, variables: tuple[Variable, ...]) -> None:
         manifest = self.session.manifest(execution.name)
-        noticed = [*display.notices(variables), *missing(execution.code.watched)]
+        noticed = [*display.notices(variables), *self._about(execution.code)]
         if self.session.headless:
             if noticed:
                 display.say(self.shell, "\n".join(noticed))
@@ -409,11 +433,6 @@ class Steps:
         if result is not None:
             result.error_in_exec = error
         self.shell.showtraceback((type(error), error, error.__traceback__))
-
-
-def _notices(manifest: Manifest) -> list[str]:
-    """Say what a restored checkpoint lacks, and which of the things that its step watches are not there."""
-    return [*display.notices(manifest.variables), *missing(manifest.code.watched)]
 
 
 def _because(verdict: Verdict) -> str:

@@ -62,7 +62,7 @@ def test_the_variables_of_any_step_of_any_run_come_into_the_live_kernel(
     assert again.status == "ok"
     kernel.run(f"%durable checkout {first} grow")
     again = kernel.run("%%step sum\nsize = len(rows)", "c3")
-    assert "its input `rows` is another one (step grow)" in again.notes
+    assert "its input `rows` changed (step grow)" in again.notes
 
     told = kernel.run(f"%durable diff {first} {second}:grow").notes
     assert "variable rows changed: list list[4]" in told

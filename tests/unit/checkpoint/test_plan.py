@@ -4,12 +4,16 @@ import ast
 
 import pytest
 
-from nbdurable.checkpoint.analysis import analyse, code_digest
-from nbdurable.checkpoint.manifest import CodeFacts, HelperFact, InputFact, Manifest
+from nbdurable.checkpoint.analysis import analyse
+from nbdurable.checkpoint.manifest import CodeFacts, HelperFact, InputFact, Manifest, ModuleFact
 from nbdurable.checkpoint.plan import Origins, decide
+from nbdurable.checkpoint.sources import code_digest
 
-HELPER = HelperFact(ast="h1", state="s1", source="def f():\n    return 1")
-CODE = CodeFacts(source="x = f(n)", digest="d1", helpers={"f": HELPER}, modules={"mine": "m1"}, python="3.11")
+HELPER = HelperFact(ast="h1", state={"default `n`": "s1"}, source="def f():\n    return 1")
+MODULE = ModuleFact(digest="m1", file="mine.py", outline="1:aa 5:bb")
+CODE = CodeFacts(
+    source="x = f(n)", digest="d1", helpers={"f": HELPER}, modules={"mine": MODULE}, python="3.11"
+)
 INPUT = InputFact(value="v1", origin="o1", label="the cell `n = 5`")
 
 
@@ -64,7 +68,14 @@ ELSEWHERE = InputFact(value="v2", origin="o2", label="the cell `n = 6`")
             "execute",
             "helper `f` changed, line 2",
         ),
-        (manifest(), facts(modules={"mine": "m2"}), {"n": INPUT}, {}, "execute", "module `mine` changed"),
+        (
+            manifest(),
+            facts(modules={"mine": MODULE.model_copy(update={"digest": "m2", "outline": "1:aa 7:cc"})}),
+            {"n": INPUT},
+            {},
+            "execute",
+            "module `mine.py` changed, line 7",
+        ),
         (manifest(), CODE, {"n": ELSEWHERE}, {}, "execute", "`n` now comes from the cell `n = 6`"),
         (manifest(), CODE, {"n": INPUT, "k": INPUT}, {}, "execute", "now reads `k`"),
         (manifest(), CODE, {}, {}, "execute", "`n` is gone"),
