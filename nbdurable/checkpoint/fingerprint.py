@@ -15,11 +15,13 @@ import functools
 import mmap
 import sys
 import types
+import typing
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from marshal import dumps
+from operator import itemgetter
 from pickle import PickleBuffer
 from typing import Any
 
@@ -34,6 +36,7 @@ from nbdurable.checkpoint.objects import (
     Namespace,
     Problem,
     Unfingerprintable,
+    Unsaveable,
     describe_problem,
     importable,
     live_name,
@@ -420,7 +423,7 @@ class Walk:
 
     def _proxy(self, value: Any) -> Parts:
         self._emit(b"mp")
-        return self._items(value.items())
+        yield "", underlying(value)
 
     def _code(self, code: types.CodeType) -> None:
         self._emit(b"co", code_bytes(code))
@@ -531,11 +534,13 @@ class Walk:
             for part in state:
                 yield from self._state(part)
         elif type(state) is dict:
+            pairs = list(state.items())
+            if set(map(type, state)) == {str}:
+                pairs.sort(key=itemgetter(0))  # `__setstate__` may set attributes in an order of its own
             if set(map(type, state.values())) <= ATOMS and set(map(type, state)) <= ATOMS:
-                self._emit(b"sa", dumps(list(state.items()), _MARSHAL) if self.hashing else b"")
+                self._emit(b"sa", dumps(pairs, _MARSHAL) if self.hashing else b"")
                 return
             self._emit(b"sd", len(state).to_bytes(8, "little"))
-            pairs = list(state.items())
             yield from self._mixed(("", key) for key, _ in pairs)
             yield from self._mixed(
                 (f".{key}" if isinstance(key, str) else (key,), item) for key, item in pairs
@@ -684,6 +689,43 @@ class Walk:
                 stream.write_table(whole)
         return None
 
+    def _torch(self, value: Any, torch: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, torch)
+        if isinstance(value, torch.Generator):
+            self._emit(b"tg", str(value.device).encode() + value.get_state().numpy().tobytes())
+            return None
+        return NotImplemented
+
+    def _tensor(self, tensor: Any, torch: Any) -> Parts:
+        """Walk over a tensor: its content, whatever its strides, its gradient and its attributes."""
+        if not tensor.is_leaf:
+            raise Unsaveable("a tensor that remembers how it was computed", "keep its `detach()`")
+        if tensor.device.type != "cpu":
+            raise Unsaveable(f"a tensor on {tensor.device}", "keep its `cpu()`")
+        facts = (type(tensor).__qualname__, tensor.dtype, tuple(tensor.shape), tensor.layout, tensor.requires_grad)
+        self._emit(b"tt", repr(facts).encode())
+        if tensor.layout is torch.sparse_coo:
+            yield ".indices()", tensor._indices()
+            yield ".values()", tensor._values()
+        elif plain_tensor(tensor, torch):
+            place = (self._next, tensor.data_ptr(), tensor.stride())
+            self.memory.setdefault(tensor.untyped_storage()._cdata, []).append(place)
+            if self.hashing and tensor.numel():
+                flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+                self._emit(b"nb", memoryview(flat.numpy()))
+        else:
+            yield from self._reduced(tensor)
+        yield ".grad", tensor.grad
+        yield "", dict(vars(tensor))
+
+    def _matplotlib(self, value: Any, matplotlib: Any) -> Any:
+        """Hash a registry of callbacks by its type: each look at it makes it count on."""
+        if type(value) is not matplotlib.cbook.CallbackRegistry:
+            return NotImplemented
+        self._emit(b"cr")
+        return None
+
     def _polars(self, value: Any, polars: Any) -> Any:
         if isinstance(value, polars.DataFrame):
             self._emit(b"pf", repr(value.schema).encode())
@@ -696,10 +738,16 @@ class Walk:
         for column in (
             frame.get_columns() if self.hashing else ()
         ):  # Arrow's strings are a copy: one at a time
-            if column.dtype == polars.Categorical:  # its codes depend on what the process saw before
-                column = column.cast(polars.String)
+            if column.dtype in (polars.Categorical, polars.Int128, *_unsigned_128(polars)):
+                column = column.cast(
+                    polars.String
+                )  # codes depend on what the process saw before; Arrow has no 128 bits
             self._arrow(column.to_frame().to_arrow(), sys.modules["pyarrow"])
         return None
+
+
+def _unsigned_128(polars: Any) -> tuple[Any, ...]:
+    return (polars.UInt128,) if hasattr(polars, "UInt128") else ()
 
 
 def _compact(column: Any, arrow: Any) -> Any:
@@ -783,6 +831,8 @@ _PACKAGES: dict[str, Any] = {
     "pandas": Walk._pandas,
     "pyarrow": Walk._arrow,
     "polars": Walk._polars,
+    "matplotlib": Walk._matplotlib,
+    "torch": Walk._torch,
 }
 
 
@@ -860,7 +910,7 @@ def _is_immutable_scalar(value: Any) -> bool:
     if isinstance(value, type) or package not in (*_PACKAGES, "typing"):
         return False
     if package == "typing":
-        return True
+        return not isinstance(value, typing.TypeVar | typing.ParamSpec | typing.TypeVarTuple)
     module: Any = sys.modules.get(package)
     if package == "numpy":
         return isinstance(value, module.generic | module.dtype)
@@ -870,10 +920,16 @@ def _is_immutable_scalar(value: Any) -> bool:
         return value is module.NA or value is module.NaT or isinstance(value, kinds)
     if package == "pyarrow":
         return isinstance(value, module.DataType | module.Field | module.Schema | module.Scalar)
-    return isinstance(value, module.DataType)
+    return package == "polars" and isinstance(value, module.DataType)
 
 
 _BUFFERS = (bytes, bytearray, memoryview, mmap.mmap, PickleBuffer)
+
+
+def plain_tensor(tensor: Any, torch: Any) -> bool:
+    """Tell whether a tensor is nothing but a view on bytes in memory."""
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not (tensor.is_quantized or is_lazy)
 
 
 def memory_owner(array: Any) -> Any:

@@ -5,6 +5,7 @@ Shared by fingerprints (which must see what pickle sees) and by saving. Reads ob
 
 from __future__ import annotations
 
+import asyncio
 import copyreg
 import datetime
 import decimal
@@ -204,8 +205,10 @@ def unsaveable(value: Any) -> Unsaveable | None:
         return Unsaveable(
             "a generator, which can't be saved halfway", f"make a list of it, or {_PLAIN_CELL}", stream=True
         )
-    if isinstance(value, types.CoroutineType) or kind.__module__.partition(".")[0] in ("asyncio", "_asyncio"):
+    if isinstance(value, types.CoroutineType | asyncio.Future):
         return Unsaveable("an unfinished coroutine or task", "await it in the step", stream=True)
+    if kind.__module__.partition(".")[0] == "asyncio" and not issubclass(kind, BaseException | enum.Enum):
+        return Unsaveable("a part of the event loop", _PLAIN_CELL)
     if kind.__module__ == "itertools":
         return Unsaveable("an iterator", f"make a list of it, or {_PLAIN_CELL}", stream=True)
     if isinstance(value, _WEAK):

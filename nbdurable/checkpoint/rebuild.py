@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from nbdurable.errors import NotRestorable
 
@@ -126,13 +127,48 @@ def read_only(array: Any) -> Any:
     return array
 
 
-def polars_frame(table: Any) -> Any:
-    """Make a polars frame over the memory of an Arrow table."""
+def type_variable(
+    name: str, constraints: tuple[Any, ...], bound: Any, covariant: bool, contravariant: bool, module: str
+) -> Any:
+    """Make a variable of types, of the module that made it first."""
+    made = TypeVar(name, *constraints, bound=bound, covariant=covariant, contravariant=contravariant)  # type: ignore[misc]
+    made.__module__ = module
+    return made
+
+
+def torch_storage(memory: Any) -> Any:
+    """Make a PyTorch storage over the memory of an array."""
+    import torch
+
+    return torch.from_numpy(memory).untyped_storage()
+
+
+def torch_tensor(
+    storage: Any, dtype: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], is_parameter: bool = False
+) -> Any:
+    """Make a tensor that looks at a storage."""
+    import torch
+
+    tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, strides)
+    return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+def fill_tensor(tensor: Any, state: tuple[bool, Any, dict[str, Any]]) -> None:
+    """Give a tensor its gradient and attributes."""
+    requires_grad, grad, attributes = state
+    tensor.requires_grad_(requires_grad)
+    tensor.grad = grad
+    vars(tensor).update(attributes)
+
+
+def polars_frame(table: Any, ordered: Mapping[str, bool] = MappingProxyType({})) -> Any:
+    """Make a polars frame over the memory of an Arrow table; `ordered`: columns sorted, and if they descend."""
     import polars
 
-    return polars.from_arrow(table, rechunk=False)
+    made = polars.from_arrow(table, rechunk=False)
+    return made.with_columns(polars.col(name).set_sorted(descending=down) for name, down in ordered.items())
 
 
-def polars_series(table: Any) -> Any:
+def polars_series(table: Any, ordered: Mapping[str, bool] = MappingProxyType({})) -> Any:
     """Make a polars series over the memory of an Arrow table of one column."""
-    return polars_frame(table).to_series(0)
+    return polars_frame(table, ordered).to_series(0)

@@ -140,3 +140,7 @@ def _set_random(states: dict[str, Any]) -> None:
         import numpy
 
         numpy.random.set_state(states["numpy"])
+    if "torch" in states:
+        import torch
+
+        torch.set_rng_state(torch.from_numpy(states["torch"]))

@@ -35,6 +35,7 @@ from nbdurable.checkpoint.fingerprint import (
     fingerprint,
     immutable,
     memory_owner,
+    plain_tensor,
     reach,
 )
 from nbdurable.checkpoint.manifest import STREAM_CHUNK, Blob, Group, put_blob, put_blobs
@@ -123,6 +124,8 @@ def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"random": standard_random.getstate()}
     if (numpy := sys.modules.get("numpy.random")) is not None:
         state["numpy"] = numpy.get_state()
+    if (torch := sys.modules.get("torch.random")) is not None:
+        state["torch"] = torch.get_rng_state().numpy()
     return state
 
 
@@ -356,6 +359,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._shared = shared_memory
         self._memories: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}
+        self._storages: dict[int, Any] = {}  # of PyTorch, each as the same object
         self._empty: dict[int, types.CellType] = {}  # cells whose content a function carries
         self._numpy: Any = sys.modules.get("numpy")
         self.sources: dict[str, str] = {}  # cells that define the functions and classes saved by value
@@ -380,6 +384,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if package == "pandas" and type(getattr(obj, "_pa_array", None)).__module__ == "pyarrow.lib":
             return _uncombined(obj)
         if package == "polars" and (reduced := _through_arrow(obj)) is not None:
+            return reduced
+        if package == "torch" and (reduced := self._tensor(obj, sys.modules["torch"])) is not None:
             return reduced
         return super().reducer_override(obj)
 
@@ -461,6 +467,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             slotted = "__slots__" in vars(kind) and isinstance(arguments[3], dict)
             if slotted and typing.NamedTuple not in arguments[2]:  # else slots become plain attributes
                 arguments[3]["__slots__"] = vars(kind)["__slots__"]
+            if isinstance(arguments[3], dict):
+                arguments[3]["__qualname__"] = kind.__qualname__
             rest[0][0].update(_dropped(kind))
             return (make, arguments, *rest)
         return reduced
@@ -492,6 +500,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _dict_view(self, view: Any) -> Any:
         return rebuild.dict_view, (DICT_VIEWS[type(view)], underlying(view))
 
+    def _proxy(self, proxy: Any) -> Any:
+        return types.MappingProxyType, (underlying(proxy),)
+
+    def _type_variable(self, variable: Any) -> Any:
+        if getattr(sys.modules.get(variable.__module__), variable.__name__, None) is variable:
+            return NotImplemented
+        covariant, contravariant = variable.__covariant__, variable.__contravariant__
+        facts = (variable.__name__, variable.__constraints__, variable.__bound__, covariant, contravariant)
+        return rebuild.type_variable, (*facts, variable.__module__)
+
     def _forbidden(self, obj: Any) -> Any:
         trouble = unsaveable(obj)
         raise pickle.PicklingError(f"{trouble.what}; {trouble.todo}" if trouble else f"{type(obj).__name__}")
@@ -518,6 +536,18 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             offset,
             array.flags.writeable,
         )
+
+    def _tensor(self, value: Any, torch: Any) -> Any:
+        """Reduce a PyTorch tensor to a view on its storage, whose bytes are kept like an array's."""
+        if isinstance(value, torch.UntypedStorage):
+            return rebuild.torch_storage, (torch.empty(0, dtype=torch.uint8).set_(value).numpy(),)
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or not plain_tensor(value, torch):
+            return None
+        storage = value.untyped_storage()
+        storage = self._storages.setdefault(storage._cdata, storage)
+        place = (value.storage_offset(), tuple(value.shape), value.stride(), type(value) is torch.nn.Parameter)
+        state = (value.requires_grad, value.grad, dict(vars(value)))
+        return rebuild.torch_tensor, (storage, value.dtype, *place), state, None, None, rebuild.fill_tensor
 
     def _unlocked(self, memory: Any) -> Any:
         """Return a writable copy of read-only memory, the same one each time: its views may be made writable again."""
@@ -550,6 +580,8 @@ _REDUCERS: dict[type, Any] = {
     LruCacheWrapper: _Pickler._lru,
     functools.cached_property: _Pickler._cached_property,
     memoryview: _Pickler._view,
+    types.MappingProxyType: _Pickler._proxy,
+    typing.TypeVar: _Pickler._type_variable,
     io.TextIOWrapper: _Pickler._forbidden,  # cloudpickle would make it a StringIO
     weakref.WeakSet: _Pickler._forbidden,
 } | dict.fromkeys(DICT_VIEWS, _Pickler._dict_view)
@@ -573,7 +605,11 @@ def _runs_when_subclassed(kind: type) -> str | None:
     for base in kind.__mro__[1:]:
         if "__init_subclass__" in vars(base) and importable(base) is None:
             return f"{base.__qualname__}.__init_subclass__"
-    return None if importable(type(kind)) is not None else f"{type(kind).__qualname__}.__new__"
+    for meta in type.mro(type(kind)):
+        for hook in ("__prepare__", "__new__", "__init__", "__setattr__"):
+            if hook in vars(meta) and importable(meta) is None:
+                return f"{meta.__qualname__}.{hook}"
+    return None
 
 
 def _trimmed(array: Any) -> Any:
@@ -623,4 +659,6 @@ def _through_arrow(value: Any) -> Any:
         return None
     if not {dtype.base_type().__name__ for dtype in frame.dtypes} <= _ARROW_HOLDS:
         return None
-    return make, (frame.to_arrow(compat_level=polars.CompatLevel.newest()),)
+    flags = ((column.name, column.flags) for column in frame.get_columns())
+    ordered = {name: flag["SORTED_DESC"] for name, flag in flags if flag["SORTED_ASC"] or flag["SORTED_DESC"]}
+    return make, (frame.to_arrow(compat_level=polars.CompatLevel.newest()), ordered)

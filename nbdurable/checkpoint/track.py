@@ -183,4 +183,6 @@ def _random_states() -> dict[str, str]:
     states = {"random": fingerprint(random.getstate())}
     if (numpy := sys.modules.get("numpy.random")) is not None:
         states["numpy"] = fingerprint(numpy.get_state())
+    if (torch := sys.modules.get("torch.random")) is not None:
+        states["torch"] = fingerprint(torch.get_rng_state())
     return states

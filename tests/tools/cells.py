@@ -38,7 +38,7 @@ class Cells:
         """Run a cell, whose source can be found as that of a cell in IPython can."""
         file = f"<cell {next(_numbers)}>"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-        exec(compile(source, file, "exec"), self.namespace)
+        exec(compile(source, file, "exec", dont_inherit=True), self.namespace)
 
     def watch(self, source: str) -> Changes:
         """Run a cell and return what it changed."""

@@ -1,11 +1,13 @@
-"""Generated notebooks, run whole and resumed from their checkpoints, each time in a process that has run nothing yet.
+"""Cells and whole notebooks, run and restored, each time in a process that has run nothing yet.
 
-`python -m tests.tools.fresh` reads jobs as JSON lines and forks a process for each, which inherits imported packages
-and nothing of the notebook. `Trial` compares: a notebook that was resumed must end as one that never stopped.
+`python -m tests.tools.fresh PACKAGE …` imports packages, reads jobs as JSON lines and forks a process for each, which
+inherits these packages and nothing of a notebook. `Trial` compares generated notebooks: one that was resumed must end
+as one that never stopped.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from nbdurable.checkpoint.fingerprint import fingerprint
 from nbdurable.models import SignedManifest
 from tests.tools.cells import Cells
 from tests.tools.programs import SETUP, Program
@@ -46,21 +49,20 @@ class Broken(Exception):
 class Fresh:
     """Processes in which nothing has run: each job has one of its own."""
 
-    def __init__(self, hash_seed: int) -> None:
+    def __init__(self, hash_seed: int, *packages: str) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.tools.fresh"],
+            [sys.executable, "-W", "ignore", "-m", "tests.tools.fresh", *packages],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": os.getcwd()},
         )
 
-    def __call__(self, job: str, program: Program, **fields: Any) -> Any:
+    def __call__(self, job: str, **fields: Any) -> Any:
         """Do a job; raises Broken where the notebook itself raises, AssertionError where we do."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        cells = [(cell.is_step, cell.statements) for cell in program.cells]
-        self._server.stdin.write(json.dumps({"job": job, "program": cells, **fields}) + "\n")
+        self._server.stdin.write(json.dumps({"job": job, **fields}) + "\n")
         self._server.stdin.flush()
         answer = json.loads(self._server.stdout.readline())
         if "broken" in answer:
@@ -92,7 +94,7 @@ class Trial:
         while program.cells:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    self._first("prepare", program, folder=folder)
+                    self._first("prepare", program=_listed(program), folder=folder)
                 except Broken as broken:
                     program = program.without(*broken.place)
                 else:
@@ -134,6 +136,10 @@ class Trial:
                 if self.runnable(smaller) == smaller and (found := self.flaw(smaller, fewer)):
                     return self.smallest(smaller, fewer, found)
         return f"resumed behind {kept} cells:\n\n{program}\n\n{flaw}"
+
+
+def _listed(program: Program) -> Listed:
+    return [(cell.is_step, list(cell.statements)) for cell in program.cells]
 
 
 def user_names(cells: Cells) -> list[str]:
@@ -204,11 +210,35 @@ def resumed(folder: Path, program: Listed, manifests: list[Any], kept: int, **_:
     return {"after": after, "unsaved": unsaved}
 
 
-JOBS = {job.__name__: job for job in (prepare, whole, resumed)}
+def saved(folder: Path, plain: str, make: str, **_: Any) -> dict[str, Any]:
+    """Run a plain cell and a step; return the step's checkpoint, and the type of `v`."""
+    cells = Cells(folder, plain)
+    signed = cells.step(make)
+    return {"signed": signed.model_dump(), "type": type(cells["v"]).__qualname__}
+
+
+def restored(folder: Path, plain: str, signed: dict[str, str], holds: str, **_: Any) -> dict[str, Any]:
+    """Restore a step; return why variables were not saved, which came back unequal, and whether `holds` does."""
+    cells = Cells(folder, plain)
+    manifest = cells.restore(SignedManifest.model_validate(signed))
+    unsaved = {item.name: item.reason for item in manifest.variables if item.state != "saved"}
+    digests = manifest.fingerprints.items()
+    unequal = [name for name, digest in digests if fingerprint(cells[name], cells.namespace) != digest]
+    return {
+        "unsaved": unsaved,
+        "unequal": unequal,
+        "type": type(cells["v"]).__qualname__,
+        "holds": not unsaved and bool(eval(holds, cells.namespace)),
+    }
+
+
+JOBS = {job.__name__: job for job in (prepare, whole, resumed, saved, restored)}
 
 
 def main() -> None:
     """Serve jobs until the input ends."""
+    for package in sys.argv[1:]:
+        importlib.import_module(package)
     for line in sys.stdin:
         fields = json.loads(line)
         job, folder = JOBS[fields.pop("job")], Path(fields.pop("folder"))

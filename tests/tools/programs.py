@@ -275,7 +275,7 @@ simple(
     lambda w: w.bind("series", f"{w.one('frame')}.iloc[:, 0]"),
     lambda w: w.bind("frame", f"{w.one('frame')}[['x']]"),
     lambda w: f"{w.one('series')}.iloc[0] = {w.number()}",
-    lambda w: w.bind("array", f"{w.one('frame')}.iloc[:, 0].to_numpy()"),
+    lambda w: w.bind("array", f"{w.one('frame')}.iloc[:, 0].to_numpy(copy=True)"),
     lambda w: f"{w.one('frame')}.sort_values('x', ascending=False, inplace=True)",
 )
 
