@@ -703,7 +703,13 @@ class Walk:
             raise Unsaveable("a tensor that remembers how it was computed", "keep its `detach()`")
         if tensor.device.type != "cpu":
             raise Unsaveable(f"a tensor on {tensor.device}", "keep its `cpu()`")
-        facts = (type(tensor).__qualname__, tensor.dtype, tuple(tensor.shape), tensor.layout, tensor.requires_grad)
+        facts = (
+            type(tensor).__qualname__,
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.layout,
+            tensor.requires_grad,
+        )
         self._emit(b"tt", repr(facts).encode())
         if tensor.layout is torch.sparse_coo:
             yield ".indices()", tensor._indices()
@@ -929,7 +935,11 @@ _BUFFERS = (bytes, bytearray, memoryview, mmap.mmap, PickleBuffer)
 def plain_tensor(tensor: Any, torch: Any) -> bool:
     """Tell whether a tensor is nothing but a view on bytes in memory."""
     is_lazy = tensor.is_conj() or tensor.is_neg()
-    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not (tensor.is_quantized or is_lazy)
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or is_lazy)
+    )
 
 
 def memory_owner(array: Any) -> Any:

@@ -144,7 +144,12 @@ def torch_storage(memory: Any) -> Any:
 
 
 def torch_tensor(
-    storage: Any, dtype: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], is_parameter: bool = False
+    storage: Any,
+    dtype: Any,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    is_parameter: bool = False,
 ) -> Any:
     """Make a tensor that looks at a storage."""
     import torch

@@ -545,7 +545,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return None
         storage = value.untyped_storage()
         storage = self._storages.setdefault(storage._cdata, storage)
-        place = (value.storage_offset(), tuple(value.shape), value.stride(), type(value) is torch.nn.Parameter)
+        place = (
+            value.storage_offset(),
+            tuple(value.shape),
+            value.stride(),
+            type(value) is torch.nn.Parameter,
+        )
         state = (value.requires_grad, value.grad, dict(vars(value)))
         return rebuild.torch_tensor, (storage, value.dtype, *place), state, None, None, rebuild.fill_tensor
 

@@ -105,10 +105,9 @@ class Trial:
         """Return what is wrong if the notebook dies behind its first `kept` cells and is resumed; "" if nothing is."""
         with tempfile.TemporaryDirectory() as folder:
             try:
-                whole = self._first("whole", program, folder=folder)
-                parts = self._second(
-                    "resumed", program, folder=folder, manifests=whole["manifests"], kept=kept
-                )
+                whole = self._first("whole", program=_listed(program), folder=folder)
+                known = {"manifests": whole["manifests"], "kept": kept}
+                parts = self._second("resumed", program=_listed(program), folder=folder, **known)
             except Broken as broken:
                 return f"resumed, it raises at {broken.place}"
             except AssertionError as error:
