@@ -586,7 +586,7 @@ class _Search:
             **{f"attribute `{name}`": value for name, value in attributes.items()},
         }
         definition = _function_definition(code)
-        key = self._function_key(code, name)
+        key = self._function_key(code, definition, name)
         if definition is not None or not _is_generated(code):
             self._add(key, definition, state, lambda: code_bytes(code).hex())
             self._via.append(key)
@@ -601,9 +601,11 @@ class _Search:
             self.module(sys.modules.get(function.__module__ or ""))
         self._via.pop()
 
-    def _function_key(self, code: types.CodeType, name: str) -> str:
+    def _function_key(self, code: types.CodeType, definition: Found | None, name: str) -> str:
         if code.co_name != "<lambda>":
             return _key(code.co_qualname)
+        if definition is not None:  # `name = lambda …`
+            return str(definition.node.targets[0].id)
         return name or f"<lambda {sum(key.startswith('<lambda ') for key in self.found.helpers) + 1}>"
 
     def klass(self, kind: type) -> None:

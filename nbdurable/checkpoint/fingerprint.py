@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import datetime
 import decimal
+import dis
 import functools
 import mmap
 import sys
@@ -878,10 +879,11 @@ _SAID_BY_REPR = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def code_bytes(code: types.CodeType) -> bytes:
     """Return bytes for compiled code, without the file and the lines on which it stands."""
     facts = (
-        code.co_code,
+        *_instructions(code),
         code.co_names,
         code.co_varnames,
         code.co_freevars,
@@ -890,10 +892,38 @@ def code_bytes(code: types.CodeType) -> bytes:
         code.co_posonlyargcount,
         code.co_kwonlyargcount,
         code.co_flags,
-        code.co_exceptiontable,
         code.co_name,
     )
     return blake3(dumps(facts, _MARSHAL) + b"".join(map(_constant, code.co_consts))).digest()
+
+
+def _instructions(code: types.CodeType) -> tuple[Any, ...]:
+    """Return a code's instructions and exception table.
+
+    Without those that are there only to have a line (`return` above its constant), and so with jumps by position.
+    """
+    bytecode: Any = dis.Bytecode(code)
+    kept: list[dis.Instruction] = []
+    positions: dict[int, int] = {}  # offset → position of what runs there
+    for instruction in bytecode:
+        positions[instruction.offset] = len(kept)
+        if instruction.opname not in ("NOP", "EXTENDED_ARG", "CACHE"):
+            kept.append(instruction)
+    jumps = {*dis.hasjrel, *dis.hasjabs}
+    body = [
+        (item.opname, positions.get(item.argval, -1) if item.opcode in jumps else item.arg) for item in kept
+    ]
+    handlers = [
+        (
+            positions.get(entry.start, -1),
+            positions.get(entry.end, len(kept)),
+            positions[entry.target],
+            entry.depth,
+            entry.lasti,
+        )
+        for entry in bytecode.exception_entries
+    ]
+    return body, handlers
 
 
 def _constant(value: Any) -> bytes:

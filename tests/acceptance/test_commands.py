@@ -64,6 +64,28 @@ def test_a_plan_says_what_would_happen_and_why(project: Project) -> None:
     assert "restore" in project.run("plan", run["id"]).stdout
 
 
+def test_a_plan_names_what_changed_and_where(project: Project) -> None:
+    """Guarantee 9: the helper, its cell and line; in parts for scripts; what stands on the step comes with it."""
+    helper = "LIMIT = 3\n\ndef clean(x):\n    # drop\n    y = x\n    return y"
+    cells = ("%%step one\nx = clean(LIMIT)", "%%step two\ny = x + 1", "%%step three\nz = 1")
+    project.notebook("why.ipynb", helper, *cells)
+    run = json.loads(project.run("run", "why.ipynb", "--json").stdout)
+    assert run["status"] == "completed"
+    project.notebook("why.ipynb", f"# helpers\n{helper}".replace("return y", "return -y"), *cells)
+    one, two, three = project.json("plan", "why.ipynb")
+    assert (one["action"], one["reason"]) == ("run", "helper `clean` changed (cell 2, line 7)")
+    assert one["cause"] == {"kind": "helper", "name": "clean", "cell": "cell 2", "line": 7}
+    assert (two["action"], two["reason"]) == ("run", "its input `x` comes from one")
+    assert (three["action"], three["cause"]) == ("restore", None)
+    assert (
+        "one    run       helper `clean` changed (cell 2, line 7)" in project.run("plan", "why.ipynb").stdout
+    )
+    project.notebook("why.ipynb", helper.replace("LIMIT = 3", "LIMIT = 4"), *cells)
+    one, *_ = project.json("plan", "why.ipynb")
+    assert one["reason"] == "its input `LIMIT` changed (cell 2, line 1)"
+    assert one["cause"] == {"kind": "input", "name": "LIMIT", "cell": "cell 2", "line": 1}
+
+
 @posix
 def test_a_followed_run_tells_each_step_also_across_the_coordinators_death(project: Project) -> None:
     """Guarantees 3, 5, 9: a run that only sleeps is followed on; plain lines, no control character."""

@@ -173,6 +173,24 @@ CASES: dict[str, Case] = {
     "import of another thing in a helper": case(
         "from math import floor as f\n---\ndef g():\n    return f(1.5)\n---\ny = g()", "floor as f → ceil as f", "`f` means math.ceil, and meant math.floor"),
     "module under another name": case("import math as m\n---\ny = m.pi", "import math as m → import cmath as m", "`m` means cmath, and meant math"),
+    "variable that a plain cell changes in place": case(
+        "rows = [1]\n---\nrows.append(2)\n---\ny = len(rows)", "append(2) → append(3)", "its input `rows` changed (cell n, line 3)"),
+    "attribute that a plain cell sets": case(
+        "class K:\n    pass\n---\nk = K()\n---\nk.n = 1\n---\ny = k.n", "k.n = 1 → k.n = 2", "its input `k` changed (cell n, line 3)"),
+    "argument of a decorator of a method": case(
+        "import functools\ndef times(n):\n    def d(f):\n        @functools.wraps(f)\n        def w(self):\n"
+        "            return n * f(self)\n        return w\n    return d\n---\n"
+        "class K:\n    @times(2)\n    def m(self):\n        return 1\n---\ny = K().m()", "times(2) → times(3)",
+        "a decorator of method `K.m` changed (cell n, line 4)"),
+    "body of a decorator of a method": case(
+        "import functools\ndef times(n):\n    def d(f):\n        @functools.wraps(f)\n        def w(self):\n"
+        "            return n * f(self)\n        return w\n    return d\n---\n"
+        "class K:\n    @times(2)\n    def m(self):\n        return 1\n---\ny = K().m()", "return n * f → return n + f",
+        "helper `times.d.w` changed (cell n, line 8)"),
+    "function that a package's object holds": case(
+        "from sklearn.preprocessing import FunctionTransformer\nfrom sklearn.pipeline import Pipeline\n"
+        "def double(x):\n    return 2 * x\npipe = Pipeline([('double', FunctionTransformer(double))])\n---\n"
+        "y = pipe.fit_transform([[1]])", "return 2 → return 3", "helper `double` changed (cell n, line 6)"),
     "comment": case(FACTOR, "# twice → # two times", ""),
     "comment above": case(FACTOR, "def scale → # a helper\n\n\ndef scale", ""),
     "whitespace": case(FACTOR, "x * factor → (x  *  factor)", ""),

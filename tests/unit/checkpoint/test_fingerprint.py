@@ -16,7 +16,13 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from nbdurable.checkpoint.fingerprint import Unfingerprintable, fingerprint, immutable, partial_fingerprint
+from nbdurable.checkpoint.fingerprint import (
+    Unfingerprintable,
+    code_bytes,
+    fingerprint,
+    immutable,
+    partial_fingerprint,
+)
 from tests.tools.cells import Cells
 
 MANY = """
@@ -359,3 +365,22 @@ def test_a_dict_of_an_object_counts_by_its_order_of_insertion() -> None:
     late.second, late.first = [2], [1]
     plain = {"second": (second := [2]), "first": [1]}
     assert fingerprint([vars(late), {1}, late.second]) == fingerprint([plain, {1}, second])
+
+
+def test_where_a_functions_lines_break_does_not_count() -> None:
+    """Guarantee 1: Python compiles in an instruction that does nothing where `return` stands above its constant."""
+
+    def code(source: str) -> bytes:
+        space: dict[str, Any] = {}
+        exec(source, space)
+        return code_bytes(space["f"].__code__)
+
+    source = (
+        "def f(a):\n    try:\n        for i in a:\n            if i:\n                return {}\n"
+        "    except ValueError:\n        return {}\n"
+    )
+    one = code(source.format("'x'", "'y'"))
+    assert code(source.format("(\n'x'\n)", "\\\n 'y'")) == one
+    assert code(source.format("'y'", "'x'")) != one
+    assert code(source.format("'x'", "'y'").replace("if i:", "if not i:")) != one
+    assert code(source.format("'x'", "'y'").replace("ValueError", "KeyError")) != one

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from nbdurable.checkpoint.analysis import analyse
-from nbdurable.checkpoint.manifest import CodeFacts, HelperFact, InputFact, Manifest, ModuleFact
+from nbdurable.checkpoint.manifest import Blob, CodeFacts, Group, HelperFact, InputFact, Manifest, ModuleFact
 from nbdurable.checkpoint.plan import Origins, decide
 from nbdurable.checkpoint.sources import code_digest
 
@@ -144,6 +144,87 @@ def test_the_table(recorded, code, inputs, options, action, reason) -> None:  # 
     assert reason in verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (
+            INPUT,
+            ELSEWHERE.model_copy(update={"cell": "cell 2", "line": 3}),
+            "its input `n` changed (cell 2, line 3)",
+        ),
+        (
+            INPUT,
+            ELSEWHERE.model_copy(update={"cell": "cell 2", "via": "f"}),
+            "`n`, which helper `f` reads, changed (cell 2)",
+        ),
+        (
+            INPUT.model_copy(update={"label": "step a"}),
+            ELSEWHERE.model_copy(update={"label": "step a"}),
+            "its input `n` changed (step a)",
+        ),
+        (
+            INPUT.model_copy(update={"label": "step a"}),
+            ELSEWHERE.model_copy(update={"cell": "cell 2", "line": 1}),
+            "its input `n` now comes from the cell `n = 6` (cell 2, line 1)",
+        ),
+        (INPUT, ELSEWHERE.model_copy(update={"label": "step a"}), "its input `n` now comes from step a"),
+    ],
+)
+def test_where_an_input_comes_from_is_said(old: InputFact, new: InputFact, sentence: str) -> None:
+    """Guarantee 9: also in parts, for programs."""
+    verdict = decide(manifest(n=old), CODE, lambda: {"n": new}, step="a", visited=False)
+    assert verdict.reason == sentence
+    assert verdict.cause is not None
+    assert (verdict.cause.kind, verdict.cause.name) == ("input", "n")
+    assert (verdict.cause.cell, verdict.cause.line or 0) == (new.cell, new.line)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "python", "here", "warning"),
+    [
+        ({}, "3.11", {}, ""),
+        ({"pandas": "2.2"}, "3.11", {"pandas": "2.2"}, ""),
+        ({"pandas": "2.2"}, "3.11", {"pandas": "3.0"}, "; made with pandas 2.2, this is 3.0"),
+        ({"pandas": "2.2"}, "3.11", {}, "; made with pandas 2.2, which is not installed here"),
+        ({}, "3.12", {}, "; made with Python 3.11, this is 3.12"),
+        (
+            dict.fromkeys("abc", "1"),
+            "3.12",
+            dict.fromkeys("abc", "2"),
+            "; made with Python 3.11, this is 3.12; a 1, this is 2; b 1, this is 2; 1 more",
+        ),
+    ],
+)
+def test_other_versions_are_said_and_run_nothing(
+    recorded: dict[str, str], python: str, here: dict[str, str], warning: str
+) -> None:
+    """Guarantee 9: what a checkpoint was made with is a warning, whatever else is decided."""
+    kept = manifest(facts(packages=recorded))
+    now = facts(python=python)
+    found = decide(kept, now, lambda: {"n": INPUT}, step="a", visited=False, installed=here.get)
+    assert (found.action, found.reason) == ("restore", f"same code and inputs{warning}")
+    drifted = decide(kept, now, lambda: {"n": DRIFTED}, step="a", visited=False, installed=here.get)
+    assert drifted.action == "restore"
+    assert drifted.reason.endswith(f"runs it again){warning}")
+
+
+def test_functions_of_another_python_are_not_loaded() -> None:
+    """Guarantee 7: bytecode means something else there; the interpreter could crash on it."""
+    group = Group(names=("f",), stream=Blob(digest="0", size=0), code=True)
+    kept = manifest().model_copy(update={"groups": (group,)})
+    assert decide(kept, CODE, lambda: {"n": INPUT}, step="a", visited=False).action == "restore"
+    found = decide(kept, facts(python="3.12"), lambda: {"n": INPUT}, step="a", visited=False)
+    assert found.action == "execute"
+    assert found.reason == "it left functions or classes of Python 3.11, which Python 3.12 can't load"
+
+
+def test_a_name_that_means_another_thing_is_said() -> None:
+    """Guarantees 1, 9."""
+    kept = manifest(facts(imports={"f": "math:floor"}))
+    found = decide(kept, facts(imports={"f": "math:ceil"}), lambda: {"n": INPUT}, step="a", visited=False)
+    assert (found.action, found.reason) == ("execute", "`f` means math.ceil, and meant math.floor")
+
+
 def test_inputs_are_not_looked_at_where_the_code_decides() -> None:
     """Fingerprints cost time: they are taken only if they matter."""
 
@@ -182,3 +263,28 @@ def test_an_origin_knows_its_step() -> None:
     assert origins["x"].step is None
     origins.step("s", {}, ("x",))
     assert origins["x"].digest == ""
+
+
+def test_a_cell_that_touches_a_variable_is_behind_it_once() -> None:
+    """Guarantee 1: `rows.append(2)` is edited code of `rows`; executed twice, it is the same code."""
+
+    def origin(*cells: str) -> str:
+        origins = Origins()
+        for cell in cells:
+            run_plain(origins, cell)
+        return origins["rows"].digest
+
+    plain = origin("rows = [1]")
+    assert origin("rows = [1]", "print(rows); n = len(rows)") == plain
+    for touch in (
+        "rows.append(2)",
+        "rows[0] = 2",
+        "fill(rows)",
+        "rows += [1]",
+        "del rows[0]",
+        "rows.x.y = 1",
+    ):
+        assert origin("rows = [1]", touch) != plain, touch
+        assert origin("rows = [1]", touch, touch) == origin("rows = [1]", touch) or "+=" in touch
+    assert origin("rows = [1]", "rows.append(2)") != origin("rows = [1]", "rows.append(3)")
+    assert origin("rows = [1]", "rows.append(2)", "rows = [1]") == plain
