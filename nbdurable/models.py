@@ -45,7 +45,7 @@ class StepStatus(StrEnum):
     WAITING = "waiting"  # suspended at a wait inside the cell; what came before it is checkpointed
     COMPLETED = "completed"
     FAILED = "failed"
-    REPLAY = "replay"  # `--steps all` only: its variables can't be saved, so it runs again on resume
+    REPLAY = "replay"  # it runs in every attempt: marked so, or (`--steps all`) what it makes can't be saved
 
 
 class WaitKind(StrEnum):

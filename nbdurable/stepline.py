@@ -26,6 +26,8 @@ _NO_PYTHON = re.compile(
 )  # magics and shell commands
 _RUNS_PYTHON = re.compile(r"%%(?:time|timeit|capture|prun|debug)\b")
 USAGE = "%%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--watch FILE|env:NAME,…] [--force]"
+USAGE_REPLAY = "%%step NAME --replay"
+_NOT_WITH_REPLAY = ("--on-drift", "--save", "--no-save", "--watch", "--force")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class StepOptions:
     no_save: frozenset[str] = frozenset()  # leave these out
     force: bool = False
     watch: tuple[str, ...] = ()  # files, globs and `env:NAME` that it stands on as it does on its code
+    replay: bool = False  # it runs again in every attempt, and saves no variables
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +75,7 @@ def _parser() -> _Parser:
     parser.add_argument("--no-save", type=_names, default=frozenset())
     parser.add_argument("--watch", type=_watched, action="extend", default=[])
     parser.add_argument("--force", action="store_true")
+    parser.add_argument("--replay", action="store_true")
     return parser
 
 
@@ -95,9 +99,23 @@ def parse_step_line(line: str) -> StepOptions:
             f"{name!r} can't be a step's name",
             todo="use up to 100 characters without spaces, quotes and slashes",
         )
-    return StepOptions(
-        name, found.on_drift, found.save, found.no_save, found.force, tuple(dict.fromkeys(found.watch))
+    options = StepOptions(
+        name,
+        found.on_drift,
+        found.save,
+        found.no_save,
+        found.force,
+        tuple(dict.fromkeys(found.watch)),
+        found.replay,
     )
+    if options.replay:
+        given = [option for option in _NOT_WITH_REPLAY if getattr(found, option[2:].replace("-", "_"))]
+        if given:
+            raise StepUsageError(
+                f"`%%step {name}`: {given[0]} means nothing with --replay: it runs in every attempt and saves nothing",
+                todo=USAGE_REPLAY,
+            )
+    return options
 
 
 def is_step(source: str) -> bool:

@@ -23,7 +23,7 @@ from nbdurable.settings import find_project
 if TYPE_CHECKING:
     from nbdurable.kernel.foresight import Foreseen
 
-_STYLES = {"restore": "cyan", "continue": "cyan", "run": "yellow"}
+_STYLES = {"restore": "cyan", "continue": "cyan", "run": "yellow", "replay": "dim"}
 
 
 def print_plan(target: str, screen: Screen) -> None:

@@ -22,7 +22,7 @@ from nbdurable.checkpoint.manifest import Blob, CodeFacts, Group, InputFact, Man
 from nbdurable.checkpoint.packages import versions
 from nbdurable.checkpoint.plan import Verdict, digest
 from nbdurable.checkpoint.save import save
-from nbdurable.errors import Suspended
+from nbdurable.errors import StepUsageError, Suspended
 from nbdurable.kernel import display
 from nbdurable.kernel.outputs import Output, Recorder, recording
 from nbdurable.kernel.session import Session
@@ -71,7 +71,7 @@ class Execution:
         self.verdict, self.attempt, self.kept = verdict, attempt, kept
         self.body, self.names, self.mentioned = body, names, mentioned
         self.recorder = Recorder()
-        self.is_setup = False  # it runs in every attempt, and keeps nothing
+        self.again: str | None = None  # why it runs in every attempt, and keeps nothing
         self.suspended: Suspended | None = None
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
@@ -130,6 +130,11 @@ class Execution:
                 self._earlier_gates.remove(key)
                 self._gates.append((statement, key))
                 return key
+        if self.again:
+            raise StepUsageError(
+                f"step `{self.name}` can't wait: {self.again}, and would ask again each time",
+                todo="wait in a step of its own",
+            )
         key = f"{proposal}.{digest(self.name, str(self.attempt), str(len(self._gates)))}"
         self._gates.append((statement, key))
         self._commit_waiting(at)
@@ -160,7 +165,7 @@ class Execution:
         """Save what the step wrote so far to blobs."""
         session = self.session
         names, deleted, fingerprints, moved = self.written()
-        if self.is_setup:
+        if self.again:
             names, deleted, moved = set(), set(), False
         left_out = names & self.options.no_save
         saved = save(session.values, names - left_out, session.blobs, fingerprints=fingerprints, random=moved)
@@ -186,7 +191,7 @@ class Execution:
         Raises DurableError, and nothing is committed.
         """
         captured = self._capture()
-        if self.is_setup or (self.session.every_cell and captured.unsaved):
+        if self.again or (self.session.every_cell and captured.unsaved):
             self._commit("replay", captured)
         else:
             self._commit("completed", captured)
@@ -263,7 +268,7 @@ class Execution:
             manifest=signed,
         )
         session.note(checkpoint, manifest)
-        if self.is_setup:
+        if self.again:
             session.note_plain_cell(self.names, self.code.digest, self.code.source)
         elif status != "waiting":
             session.visited.add(self.name)

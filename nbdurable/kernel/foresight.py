@@ -22,7 +22,7 @@ from nbdurable.checkpoint.reasons import Cause
 from nbdurable.checkpoint.sources import code_digest as digest_of
 from nbdurable.checkpoint.watched import Watched, Watcher
 from nbdurable.errors import StepUsageError, UsageError
-from nbdurable.kernel.rewrite import rewrite_lines, take_marker
+from nbdurable.kernel.rewrite import rewrite_lines, take_marker, why_again
 from nbdurable.stepline import StepOptions, is_step, parse_step_line
 
 
@@ -41,7 +41,7 @@ class Foreseen:
     """What would happen to a step, and why."""
 
     step: str
-    action: str  # restore, continue, run
+    action: str  # restore, continue, run, replay (it runs each time)
     reason: str
     cause: Cause | None = None  # what changed, where that makes it run
 
@@ -109,14 +109,20 @@ def foresee(
             sources.append((place, text))
             origins.plain_cell(names, code_digest, label_of(cell.source), place)
             continue
+        options = cell.options or StepOptions(name)
+        again = why_again(options, tree, marked=cell.options is not None, every_cell=every_cell)
+        if again is not None:
+            sources.append((place, text))
+            origins.plain_cell(names, code_digest, label_of(cell.source), place)
+            foreseen.append(Foreseen(name, "replay", again))
+            continue
         recorded = known.get(name)
         if recorded is None:
             verdict_action, reason, cause = "run", "it has no checkpoint yet", None
             fingerprints = dict.fromkeys(names.stores, "")
         else:
-            options = cell.options
             try:
-                watched = watcher.look(options.watch if options else ())
+                watched = watcher.look(options.watch)
             except UsageError as error:
                 foreseen.append(Foreseen(name, "run", error.message))
                 continue
@@ -129,7 +135,7 @@ def foresee(
                 step=name,
                 visited=False,
                 on_drift="rerun",
-                forced="forced by --force" if options and options.force else None,
+                forced="forced by --force" if options.force else None,
             )
             verdict_action = "run" if verdict.action == "execute" else verdict.action
             reason, cause = _reason(verdict.drifted, recorded, running) or verdict.reason, verdict.cause

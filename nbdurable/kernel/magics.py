@@ -72,11 +72,14 @@ class DurableMagics(Magics):  # type: ignore[misc]
         """Run this cell once: what it writes and displays is kept, and restored when it is run again.
 
             %%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--watch FILE|env:NAME,…] [--force]
+            %%step NAME --replay
 
         NAME is unique in the notebook. `--on-drift`: what happens where only the value of an input differs.
         `--save`, `--no-save`: variables to keep, or not, whatever the cell does. `--force`: run it anyway.
         `--watch data.csv,parts/*.parquet,env:MODE`: files, from the notebook's folder, and environment variables that
         it stands on as it does on its code: it runs again where one of them changed.
+        `--replay`: the cell makes what can't be saved (a client, a connection): it runs again in every attempt, saves
+        nothing, and what later steps made from it is kept. `durable.recipe` does so for a single variable.
         `%durable help` lists what can be asked about steps.
         """
         # Loaded, the extension rewrites the cell before IPython looks for a magic; this is for `%%step?` and <Tab>.

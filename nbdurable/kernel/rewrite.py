@@ -19,7 +19,7 @@ from typing import Any
 
 from IPython.core.inputtransformer2 import cell_magic
 
-from nbdurable.stepline import find_step_line
+from nbdurable.stepline import StepOptions, find_step_line
 
 MARKER = "__nbdurable_step__"
 HOOK = "__nbdurable__"  # the name in the namespace through which rewritten code reaches us
@@ -101,6 +101,15 @@ def is_setup(tree: ast.Module) -> bool:
             case _:
                 return False
     return configures
+
+
+def why_again(options: StepOptions, tree: ast.Module, *, marked: bool, every_cell: bool) -> str | None:
+    """Say why a step runs in every attempt and keeps nothing, None for one that is kept."""
+    if options.replay:
+        return "it is marked --replay: it runs in every attempt"
+    if every_cell and not marked and is_setup(tree):
+        return "it only imports and configures: it runs in every attempt"
+    return None
 
 
 def _root(node: ast.expr) -> str | None:

@@ -38,7 +38,7 @@ from nbdurable.kernel import display
 from nbdurable.kernel.execution import Execution, note_origins
 from nbdurable.kernel.foresight import read_cells
 from nbdurable.kernel.outputs import Output, replay
-from nbdurable.kernel.rewrite import GATE_CALL, HOOK, call, is_setup, may_wait, take_marker, unmark
+from nbdurable.kernel.rewrite import GATE_CALL, HOOK, call, may_wait, take_marker, unmark, why_again
 from nbdurable.kernel.session import Session
 from nbdurable.models import ErrorInfo, StepStatus, Variable
 from nbdurable.policies import span
@@ -225,7 +225,7 @@ class Steps:
             cell.digest = code_digest(ast.unparse(tree))
             return tree
         self._check_unique(options, cell)
-        configures = session.every_cell and line is None and is_setup(tree)
+        again = why_again(options, tree, marked=line is not None, every_cell=session.every_cell)
         body = list(tree.body)
         names = analysis.analyse(tree, cell.source)
         code, used = self._facts(cell, tree, names, options, is_marked=line is not None)
@@ -246,7 +246,7 @@ class Steps:
             step=options.name,
             visited=options.name in session.visited,
             on_drift=options.on_drift or session.settings.on_drift,  # type: ignore[arg-type]
-            forced=self._forced(options, configures=configures),
+            forced=again or self._forced(options),
         )
         if verdict.action == "refuse":
             raise NotRestorable(
@@ -289,7 +289,7 @@ class Steps:
         cell.execution = Execution(
             session, options, code, inputs(), body, names, mentioned, verdict, begun.attempt
         )
-        cell.execution.is_setup = configures
+        cell.execution.again = again
         cell.execution.record()
         cell.execution.begin()
         tree.body = self._marked(body, used)
@@ -305,11 +305,10 @@ class Steps:
             marked.append(node)
         return marked
 
-    def _forced(self, options: StepOptions, *, configures: bool) -> str | None:
+    def _forced(self, options: StepOptions) -> str | None:
         checkpoint = self.session.checkpoints.get(options.name)
-        if configures:
-            return "it only imports and configures: it runs in every attempt"
-        if checkpoint is not None and checkpoint.status is StepStatus.REPLAY:
+        replays = checkpoint is not None and checkpoint.status is StepStatus.REPLAY
+        if replays and self.session.every_cell:  # else it was marked --replay, and is no more
             return "what it made can't be saved: it runs in every attempt"
         if options.force:
             return "forced by --force"
@@ -393,7 +392,10 @@ class Steps:
             return
         took = span(manifest.duration_s) if manifest else ""
         kept = display.summary(variables)
-        line = f"✓ {execution.name}  {took}{_because(execution.verdict)}" + (f" · {kept}" if kept else "")
+        mark = "↻" if execution.again else "✓"
+        line = f"{mark} {execution.name}  {took}{_because(execution.verdict)}" + (
+            f" · {kept}" if kept else ""
+        )
         display.say(self.shell, "\n  ".join([line, *noticed]))
 
     def _failed(self, execution: Execution, error: BaseException) -> None:

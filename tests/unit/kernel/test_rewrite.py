@@ -27,10 +27,18 @@ def transformed(source: str) -> str:
             "%%step a --watch 'my data.csv,parts/*.parquet' --watch env:MODE,my\\ data.csv",
             StepOptions("a", watch=("my data.csv", "parts/*.parquet", "env:MODE")),
         ),
+        ("%%step a --replay", StepOptions("a", replay=True)),
     ],
 )
 def test_step_lines_read(line: str, options: StepOptions) -> None:
     assert parse_step_line(line) == options
+
+
+@pytest.mark.parametrize("option", ["--force", "--save a", "--no-save a", "--on-drift keep", "--watch a"])
+def test_replay_refuses_options_that_mean_nothing_with_it(option: str) -> None:
+    """Guarantee 11: a cell that runs in every attempt and saves nothing leaves nothing for them to say."""
+    with pytest.raises(StepUsageError, match=f"{option.split()[0]} means nothing with --replay"):
+        parse_step_line(f"%%step a --replay {option}")
 
 
 def test_lines_keep_their_numbers() -> None:
