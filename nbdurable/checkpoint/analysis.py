@@ -32,9 +32,8 @@ from nbdurable.checkpoint.sources import node_digest
 SOURCE_BYTES = 20_000  # of a helper's source that are kept
 _CELL_MAGICS = frozenset({"time", "timeit", "capture", "prun", "memit"})
 _LINE_MAGICS = frozenset({"time", "timeit", "prun", "memit"})
-_SCAN_OBJECTS = (
-    5_000  # containers and instances that are looked into for functions and classes of the notebook
-)
+_SCAN_OBJECTS = 2_000  # containers and instances that are looked into for code of the notebook
+_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
 
@@ -668,13 +667,18 @@ class _Search:
     def data(self, value: Any, name: str) -> None:
         """Look into a value for functions, classes and instances of the notebook and the project.
 
-        Containers and instances are looked into breadth first, up to 5,000 of them for a cell.
+        Containers and instances are looked into breadth first, up to 2,000 of them for a cell.
         """
         queue = deque([value])
         while queue:
             value = queue.popleft()
             kind = type(value)
-            if isinstance(value, types.FunctionType | type | LruCacheWrapper):
+            if kind in _CONTAINERS:
+                if id(value) not in self._visited and self._budget:
+                    self._visited[id(value)] = value
+                    self._budget -= 1
+                    queue += self._parts(value)
+            elif isinstance(value, types.FunctionType | type | LruCacheWrapper):
                 self.code(value, name)
             elif isinstance(value, types.ModuleType):
                 self.module(value)
@@ -685,8 +689,7 @@ class _Search:
             elif kind not in ATOMS and id(value) not in self._visited and self._budget:
                 self._visited[id(value)] = value
                 self._budget -= 1
-                if not hasattr(builtins, kind.__name__):
-                    self.code(kind, kind.__name__)
+                self.code(kind, kind.__name__)
                 queue += self._parts(value)
 
     def _parts(self, value: Any) -> Iterable[Any]:

@@ -8,7 +8,9 @@ old code is what runs.
 from __future__ import annotations
 
 import ast
+import os
 import sys
+import sysconfig
 import types
 from collections.abc import Iterable
 from functools import lru_cache
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 from nbdurable.checkpoint.manifest import ModuleFact
 from nbdurable.checkpoint.sources import code_digest, outline
 
+_STANDARD_FOLDERS = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
+
 
 class Modules:
     """The project's modules as this process has them."""
@@ -27,17 +31,13 @@ class Modules:
         """Begin with the project's folder."""
         self.root = root.resolve()
         self._loaded: dict[str, tuple[Any, _Source]] = {}  # by name: the spec, which a reload replaces
+        self._foreign: set[str] = set()  # names of loaded modules that are not the project's
 
     def note(self) -> None:
         """Note the code of modules that were loaded since: it may be edited before anybody asks."""
-        for name, module in list(sys.modules.items()):
-            spec = getattr(module, "__spec__", None)
-            known = self._loaded.get(name)
-            if known is None or known[0] is not spec:
-                file = self.file_of(module)
-                source = None if file is None else _read(file)
-                if source is not None:
-                    self._loaded[name] = (spec, source)
+        for name in sys.modules.keys() - self._foreign:
+            if self._source(name) is None:
+                self._foreign.add(name)
 
     def file_of(self, module: Any) -> Path | None:
         """Return the source of a module of the project, None for any other's."""
@@ -132,6 +132,9 @@ def _file_to_be(name: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _under_project(file: str, root: Path) -> Path | None:
+    standard = file.startswith(_STANDARD_FOLDERS) and not str(root).startswith(_STANDARD_FOLDERS)
+    if standard or f"{os.sep}site-packages{os.sep}" in file:  # most are: no need to ask the disk
+        return None
     path = Path(file).resolve()
     if path.suffix != ".py" or not path.is_relative_to(root):
         return None
