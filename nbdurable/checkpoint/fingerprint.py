@@ -19,7 +19,7 @@ import types
 import typing
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from marshal import dumps
 from operator import itemgetter
@@ -75,6 +75,13 @@ Part = tuple[str | int | tuple[Any], Any]  # how to get there (".name", index, (
 Parts = Iterator[Part]
 Place = tuple[int, int, tuple[int, ...]]  # of an array in its walk; its address; its strides
 Shared = frozenset[tuple[str, int | Place]]
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """An index or column inside a frame: pandas' own business (copy on write), never shared with anything."""
+
+    part: Any
 
 
 class Walk:
@@ -224,6 +231,8 @@ class Walk:
         if kind in ATOMS:
             self._emit(b"a", dumps(value, _MARSHAL))
             return None
+        if kind is _Inner:
+            return self._pandas(value.part, sys.modules["pandas"])  # type: ignore[no-any-return]
         if (named := self._named.get(id(value))) is not None:
             self._emit(b"g", named[1])
             return None
@@ -613,20 +622,20 @@ class Walk:
     def _frame(self, frame: Any) -> Parts:
         self._emit(b"df", repr(frame.shape).encode())
         yield "", type(frame)
-        yield ".index", frame.index
-        yield ".columns", frame.columns
+        yield ".index", _Inner(frame.index)
+        yield ".columns", _Inner(frame.columns)
         yield ".attrs", frame.attrs
         yield ".flags", frame.flags.allows_duplicate_labels
         for number in range(frame.shape[1]):
-            yield f"[{frame.columns[number]!r}]", frame.iloc[:, number].array
+            yield f"[{frame.columns[number]!r}]", _Inner(frame.iloc[:, number].array)
 
     def _series(self, series: Any) -> Parts:
         self._emit(b"sr")
         yield "", type(series)
         yield ".name", series.name
-        yield ".index", series.index
+        yield ".index", _Inner(series.index)
         yield ".attrs", series.attrs
-        yield "", series.array
+        yield "", _Inner(series.array)
 
     def _index(self, index: Any, pandas: Any) -> Parts:
         self._emit(b"ix")
@@ -636,11 +645,11 @@ class Walk:
             yield "", (index.start, index.stop, index.step)
         elif isinstance(index, pandas.MultiIndex):
             for level, codes in zip(index.levels, index.codes, strict=True):
-                yield "", level
+                yield "", _Inner(level)
                 self._array(codes, own_memory=False)
         else:
             yield ".freq", getattr(index, "freqstr", None)
-            yield "", index.array
+            yield "", _Inner(index.array)
 
     def _column(self, array: Any) -> Parts:
         """Walk over a pandas column; its memory is pandas' own business (copy on write), never shared."""
@@ -650,7 +659,7 @@ class Walk:
             return
         parts: list[Any] = []
         if hasattr(array, "categories"):
-            yield ".categories", array.categories
+            yield ".categories", _Inner(array.categories)
             parts = [array.codes]
         elif hasattr(array, "_mask") and hasattr(array, "_data"):
             parts = [array._data, array._mask]
@@ -659,8 +668,8 @@ class Walk:
         elif hasattr(array, "_ndarray"):
             parts = [array._ndarray]
         elif hasattr(array, "left") and hasattr(array, "closed"):
-            yield "", array.left
-            yield "", array.right
+            yield "", _Inner(array.left)
+            yield "", _Inner(array.right)
         else:
             yield from self._reduced(array)
         for part in parts:
@@ -697,6 +706,13 @@ class Walk:
             self._emit(b"tg", str(value.device).encode() + value.get_state().numpy().tobytes())
             return None
         return NotImplemented
+
+    def _sklearn(self, value: Any, sklearn: Any) -> Any:
+        """Walk over a Bunch as the dict that it is: its own `__setstate__` forgets what else it holds."""
+        if type(value) is not sklearn.utils.Bunch:
+            return NotImplemented
+        self._emit(b"bu")
+        return self._items(value.items())
 
     def _tensor(self, tensor: Any, torch: Any) -> Parts:
         """Walk over a tensor: its content, whatever its strides, its gradient and its attributes."""
@@ -840,6 +856,7 @@ _PACKAGES: dict[str, Any] = {
     "polars": Walk._polars,
     "matplotlib": Walk._matplotlib,
     "torch": Walk._torch,
+    "sklearn": Walk._sklearn,
 }
 
 
