@@ -743,11 +743,23 @@ class Walk:
         yield "", dict(vars(tensor))
 
     def _matplotlib(self, value: Any, matplotlib: Any) -> Any:
-        """Hash a registry of callbacks by its type: each look at it makes it count on."""
-        if type(value) is not matplotlib.cbook.CallbackRegistry:
+        """Walk over what a figure shows, without what drawing it leaves in its parts."""
+        if type(value) is matplotlib.cbook.CallbackRegistry:  # each look at it makes it count on
+            self._emit(b"cr")
+            return None
+        state = reduce_value(value)[2] if hasattr(value, "__getstate__") else None
+        if type(state) is not dict:
             return NotImplemented
-        self._emit(b"cr")
-        return None
+        if "_restore_to_pylab" in state:  # loading a copy would hand it to pyplot, which shows it
+            raise Unsaveable("a figure that pyplot still holds open", "close it first: `plt.close(figure)`")
+        own = (matplotlib.transforms.Affine2D, matplotlib.transforms.Bbox)
+        cached = _DRAWING if isinstance(value, own) else _DRAWING | _COMPUTED
+        return self._drawn(value, {name: item for name, item in state.items() if name not in cached})
+
+    def _drawn(self, value: Any, state: dict[str, Any]) -> Parts:
+        self._emit(b"dr")
+        yield "", type(value)
+        yield from self._state(state)
 
     def _polars(self, value: Any, polars: Any) -> Any:
         if isinstance(value, polars.DataFrame):
@@ -890,6 +902,9 @@ def _frozen(value: Any) -> bytes | None:
     return type(value).__name__[:1].encode() + b"*" + blake3(joined).digest()
 
 
+# What drawing leaves in the parts of a figure, and what transforms compute from others
+_DRAWING = frozenset({"_stale", "stale", "_invalid", "_inverted", "_parents"})
+_COMPUTED = frozenset({"_mtx", "_points"})
 _FROZEN = ATOMS | {tuple, frozenset}
 _SAID_BY_REPR = frozenset(
     {datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID}

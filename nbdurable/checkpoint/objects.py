@@ -14,6 +14,7 @@ import fractions
 import functools
 import gc
 import io
+import itertools
 import logging
 import os
 import pathlib
@@ -209,7 +210,7 @@ def unsaveable(value: Any) -> Unsaveable | None:
         return Unsaveable("an unfinished coroutine or task", "await it in the step", stream=True)
     if kind.__module__.partition(".")[0] == "asyncio" and not issubclass(kind, BaseException | enum.Enum):
         return Unsaveable("a part of the event loop", _PLAIN_CELL)
-    if kind.__module__ == "itertools":
+    if kind.__module__ == "itertools" and kind is not itertools.count:
         return Unsaveable("an iterator", f"make a list of it, or {_PLAIN_CELL}", stream=True)
     if isinstance(value, _WEAK):
         return Unsaveable("a weak reference", f"hold the object itself, or {_PLAIN_CELL}")
@@ -219,11 +220,6 @@ def unsaveable(value: Any) -> Unsaveable | None:
     if ("traitlets.config.configurable", "Configurable") in bases:
         # each of them holds the kernel, and so every variable: all would seem to be shared with it
         return Unsaveable("a part of Jupyter itself", "ask `get_ipython()` for it where it is used")
-    if ("matplotlib.figure", "FigureBase") in bases:
-        # loading a copy would hand it to pyplot, which shows it
-        return Unsaveable(
-            "a matplotlib figure", "its picture is kept with the outputs; draw it again where needed"
-        )
     if isinstance(value, types.FrameType | types.TracebackType):
         return Unsaveable(f"a {kind.__name__}", "keep its text instead")
     if kind is Unsaved:

@@ -22,7 +22,7 @@ IMPORTS: dict[str, str] = {
     "scikit-learn": "import numpy as np\nfrom sklearn.pipeline import make_pipeline",
     "SciPy": "import numpy as np, scipy.sparse as sp",
     "networkx": "import networkx as nx",
-    "Matplotlib": "import io, matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt",
+    "Matplotlib": "import io, numpy as np, matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt",
     "Pillow": "import PIL.Image",
     "PyTorch": "import torch",
     "Resources": "import asyncio, duckdb, functools, itertools, polars as pl, logging, queue, requests, socket, sqlite3, subprocess, threading, weakref, httpx, concurrent.futures, contextvars, multiprocessing",
@@ -123,9 +123,9 @@ EXACT: dict[str, dict[str, tuple[str, str]]] = {
             "class N:\n    def __init__(self):\n        self.all = {self}\nv = N()",
             "next(iter(v.all)) is v",
         ),
-        "map, zip, enumerate": (
-            "v = [map(str, [1, 2]), zip('ab', [1, 2]), enumerate('xy')]; next(v[0])",
-            "list(v[0]) == ['2'] and list(v[1])[1] == ('b', 2) and list(v[2])[1] == (1, 'y')",
+        "map, zip, enumerate, count": (
+            "import itertools\nv = [map(str, [1, 2]), zip('ab', [1, 2]), enumerate('xy'), itertools.count(5)]; next(v[0]), next(v[3])",
+            "list(v[0]) == ['2'] and list(v[1])[1] == ('b', 2) and list(v[2])[1] == (1, 'y') and next(v[3]) == 6",
         ),
     },
     "Functions and classes": {
@@ -512,6 +512,15 @@ EXACT: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "Matplotlib": {
+        "figure and axes": (
+            "fig, ax = plt.subplots(); x = np.arange(3.); ax.plot(x, label='l'); ax.set_title('T'); ax.legend(); plt.close(fig); v = fig",
+            "v.axes[0] is ax and ax.get_title() == 'T' and ax.lines[0].get_ydata()[2] == 2 and v.savefig(io.BytesIO()) is None and not plt.get_fignums()",
+        ),
+        "figure that was drawn, with images, bars, dates and a color bar": (
+            "fig, (a, b, c) = plt.subplots(1, 3, layout='constrained'); im = a.imshow(np.ones((3, 3))); fig.colorbar(im); b.bar(['x', 'y'], [1, 2]); b.twinx().plot([2, 1]); "
+            "c.plot(np.array(['2020-01-01', '2020-02-01'], dtype='M8[D]'), [1, 2]); c.annotate('here', (0, 1)); fig.savefig(io.BytesIO()); plt.close(fig); v = [fig]",
+            "len(v[0].axes) == 5 and (a.plot([1]), v[0].savefig(io.BytesIO()))[1] is None",
+        ),
         "color map, norm": (
             "v = [plt.get_cmap('viridis'), matplotlib.colors.LogNorm(1, 10)]",
             "v[0](0.5)[3] == 1.0 and v[1](10) == 1.0",
@@ -573,6 +582,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "socket": ("v = socket.socket()", "connection", "plain cell"),
     "database": ("v = sqlite3.connect(':memory:')", "connection", "plain cell"),
     "coroutine": ("async def co(): pass\nv = co()", "coroutine", "await"),
+    "figure that pyplot holds": (
+        "import matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt\nv = plt.figure()",
+        "pyplot still holds open",
+        "plt.close",
+    ),
     "weak reference": ("class C: pass\nc = C(); v = weakref.ref(c)", "weak reference", "object itself"),
     "weak dict": (
         "class C: pass\nc = C(); v = weakref.WeakValueDictionary(c=c)",
@@ -597,11 +611,6 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "never",
         "plain cell",
     ),
-    "figure": (
-        "import matplotlib\nmatplotlib.use('agg')\nimport matplotlib.pyplot as plt\nv = plt.figure(); plt.close(v)",
-        "matplotlib figure",
-        "outputs",
-    ),
     "never ends": (
         "class Endless:\n    def __reduce__(self):\n        return (Endless, (Endless(),))\nv = Endless()",
         "",
@@ -613,7 +622,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "a copy of it",
         "plain cell",
     ),
-    "itertools": ("v = itertools.count()", "an iterator", "list"),
+    "itertools": ("v = itertools.cycle([1])", "an iterator", "list"),
     "cursor": ("v = sqlite3.connect(':memory:').cursor()", "connection", "plain cell"),
     "DuckDB connection": ("v = duckdb.connect()", "connection", "plain cell"),
     "DuckDB relation": ("v = duckdb.sql('select 1 as a')", "connection", "plain cell"),
