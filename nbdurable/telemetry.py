@@ -32,11 +32,12 @@ _armed = os.environ.get("NBDURABLE_FAULT")
 _hits = 0
 
 
-def fault_point(name: str) -> None:
-    """Crash here (SIGKILL) if a test asked for it.
+def fault_point(name: str, of: str = "") -> None:
+    """Crash here (SIGKILL) if a test asked for it; `of` is the step that passes.
 
     `NBDURABLE_FAULT=name:hit:fuse`: at the hit-th passage (from 1) in a process, once: the file `fuse` is created
-    before the crash, and where it exists nothing happens. Raises KeyError for a name not in FAULT_POINTS.
+    before the crash, and where it exists nothing happens. `name:each:folder`: once for each step, whose name is
+    that of its fuse in the folder. Raises KeyError for a name not in FAULT_POINTS.
     """
     if _armed is None:
         return
@@ -46,10 +47,10 @@ def fault_point(name: str) -> None:
         return
     global _hits
     _hits += 1
-    if _hits != int(hit):
+    if hit != "each" and _hits != int(hit):
         return
     try:
-        Path(fuse).open("x").close()
+        (Path(fuse) / of if hit == "each" else Path(fuse)).open("x").close()
     except FileExistsError:
         return
     os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)

@@ -79,7 +79,10 @@ Shared = frozenset[tuple[str, int | Place]]
 
 @dataclass(frozen=True)
 class _Inner:
-    """An index or column inside a frame: pandas' own business (copy on write), never shared with anything."""
+    """A part of a package's object that is its own business, never shared with anything.
+
+    An index or column of a frame (pandas copies on write), an array or path in a figure.
+    """
 
     part: Any
 
@@ -232,7 +235,7 @@ class Walk:
             self._emit(b"a", dumps(value, _MARSHAL))
             return None
         if kind is _Inner:
-            return self._pandas(value.part, sys.modules["pandas"])  # type: ignore[no-any-return]
+            return self._inner(value.part)
         if (named := self._named.get(id(value))) is not None:
             self._emit(b"g", named[1])
             return None
@@ -757,9 +760,25 @@ class Walk:
         return self._drawn(value, {name: item for name, item in state.items() if name not in cached})
 
     def _drawn(self, value: Any, state: dict[str, Any]) -> Parts:
+        numpy, path = sys.modules["numpy"], sys.modules["matplotlib.path"]
+        own = {list, numpy.ndarray, path.Path}
         self._emit(b"dr")
         yield "", type(value)
-        yield from self._state(state)
+        yield from self._state({name: _Inner(v) if type(v) in own else v for name, v in state.items()})
+
+    def _inner(self, part: Any) -> Parts | None:
+        """Walk over what belongs to the object that holds it."""
+        if type(part) is list:
+            self._emit(b"il")
+            return enumerate(part)
+        package = type(part).__module__.partition(".")[0]
+        if package == "numpy":
+            return self._array(part, own_memory=False)
+        if package == "matplotlib":
+            return iter(
+                (("", _Inner(part.vertices)), ("", part.codes if part.codes is None else _Inner(part.codes)))
+            )
+        return self._pandas(part, sys.modules["pandas"])  # type: ignore[no-any-return]
 
     def _polars(self, value: Any, polars: Any) -> Any:
         if isinstance(value, polars.DataFrame):

@@ -258,7 +258,7 @@ class Execution:
                 line=line,
             ),
         )
-        fault_point("commit-acknowledged")
+        fault_point("commit-acknowledged", self.name)
         checkpoint = Checkpoint(
             run_id=session.run_id,
             step=self.name,
