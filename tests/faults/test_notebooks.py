@@ -80,6 +80,7 @@ def uninterrupted(
     return drive(started_home(), notebook, tmp_path_factory.mktemp("uninterrupted") / "out.ipynb")
 
 
+@pytest.mark.timeout(900)
 def test_a_notebook_killed_behind_each_of_its_cells_ends_as_if_never_killed(
     notebook: Path,
     uninterrupted: dict[str, Any],
@@ -97,6 +98,7 @@ def test_a_notebook_killed_behind_each_of_its_cells_ends_as_if_never_killed(
     assert set(found["begun"].values()) == {1}
 
 
+@pytest.mark.timeout(3600)
 def test_a_notebook_killed_behind_one_of_its_cells_ends_as_if_never_killed(
     notebook: Path,
     uninterrupted: dict[str, Any],
