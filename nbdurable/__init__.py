@@ -16,6 +16,7 @@ _HOMES = {
     "current_run": "nbdurable.kernel.context",
     "result": "nbdurable.kernel.context",
     "load": "nbdurable.kernel.travel",
+    "recipe": "nbdurable.kernel.recipes",
     "Client": "nbdurable.client",
     "DurableError": "nbdurable.errors",
     "load_ipython_extension": "nbdurable.kernel.extension",
@@ -30,6 +31,7 @@ __all__ = [
     "approve_async",
     "current_run",
     "load",
+    "recipe",
     "result",
     "sleep",
     "sleep_async",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from nbdurable.client import Client
     from nbdurable.errors import DurableError
     from nbdurable.kernel.context import current_run, result
+    from nbdurable.kernel.recipes import recipe
     from nbdurable.kernel.travel import load
     from nbdurable.kernel.waits import Decision, approve, approve_async, sleep, sleep_async
 

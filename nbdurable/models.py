@@ -101,10 +101,10 @@ class Variable(Shape):
     name: str
     type: str
     bytes: int = 0
-    state: Literal["saved", "deleted", "unsaved"] = "saved"
+    state: Literal["saved", "recipe", "deleted", "unsaved"] = "saved"
     shape: str = ""  # "list[10]", "1000 × 3", "" where there is none
     preview: str = ""  # plain text, bounded
-    reason: str = ""  # why it was not saved, and what to do
+    reason: str = ""  # why it was not saved, and what to do; what makes it again
 
 
 class Step(Shape):

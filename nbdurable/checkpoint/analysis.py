@@ -594,7 +594,7 @@ class _Search:
         for value in (*closure.values(), *defaults.values(), *attributes.values()):
             self.data(value, "")
         if function.__globals__ is self._namespace:
-            for name in sorted(_globals_read(code)):
+            for name in sorted(globals_read(code)):
                 self.name(name)
         else:
             self.module(sys.modules.get(function.__module__ or ""))
@@ -659,7 +659,7 @@ class _Search:
             return
         self._visited[id(function)] = function
         if function.__globals__ is self._namespace:
-            for name in sorted(_globals_read(function.__code__)):
+            for name in sorted(globals_read(function.__code__)):
                 self.name(name)
         for cell in function.__closure__ or ():
             self.data(_content(cell), "")
@@ -781,7 +781,7 @@ def _accessors(value: Any) -> tuple[Any, ...]:
     return (value.fget, value.fset, value.fdel) if isinstance(value, property) else ()
 
 
-def _globals_read(code: types.CodeType) -> set[str]:
+def globals_read(code: types.CodeType) -> set[str]:
     """Return the global names that compiled code and the code within it mention."""
     found = {
         instruction.argval
@@ -790,7 +790,7 @@ def _globals_read(code: types.CodeType) -> set[str]:
     }
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            found |= _globals_read(constant)
+            found |= globals_read(constant)
     return found
 
 

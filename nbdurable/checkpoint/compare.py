@@ -170,6 +170,8 @@ def _variables(
         why = ""
         if "unsaved" in states:
             why = old.variable.reason or new.variable.reason
+        elif old.is_made or new.is_made:
+            why = "a recipe makes it, or a part of it"
         elif {old.variable.type, new.variable.type} & _CODE:
             why = "its code stands in the cell"
         elif max(old.variable.bytes, new.variable.bytes) > VALUE_BYTES:

@@ -45,6 +45,7 @@ from nbdurable.checkpoint.objects import (
     stream_position,
     underlying,
 )
+from nbdurable.checkpoint.recipes import in_use, recipe_of
 
 __all__ = ["Unfingerprintable", "Walk", "fingerprint", "immutable", "partial_fingerprint", "shared"]
 
@@ -249,6 +250,10 @@ class Walk:
         elif (name := self._name(value, kind)) is not None:
             self._named[id(value)] = (value, name.encode())
             self._emit(b"g", name.encode())
+            return None
+        if in_use and (made := recipe_of(value, self.namespace)) is not None:
+            self.live.add(made.name)
+            self._emit(b"rc", f"{made.name}:{made.digest}".encode())
             return None
         if id(value) in self.opaque:
             self.seen[id(value)] = value

@@ -111,6 +111,7 @@ class Group(Shape):
     code: bool = (
         False  # it holds functions or classes by value, which only the same version of Python can load
     )
+    recipe: str = ""  # what it counts by, where the stream holds the function that makes the variable again
 
 
 class Manifest(Shape):
@@ -126,6 +127,7 @@ class Manifest(Shape):
     fingerprints: dict[str, str] = Field(default_factory=dict)  # of every written name, after the step
     variables: tuple[Variable, ...] = ()
     groups: tuple[Group, ...] = ()
+    later: tuple[Group, ...] = ()  # recipes, and groups that refer to what they make, in the order of making
     deleted: tuple[str, ...] = ()
     random: Blob | None = None
     outputs: Blob | None = None  # JSON list of nbformat outputs
@@ -138,7 +140,7 @@ class Manifest(Shape):
 
     def blobs(self) -> tuple[Blob, ...]:
         """Return everything that this checkpoint needs."""
-        grouped = tuple(blob for group in self.groups for blob in (group.stream, *group.buffers))
+        grouped = tuple(blob for group in self.groups + self.later for blob in (group.stream, *group.buffers))
         return grouped + tuple(blob for blob in (self.random, self.outputs) if blob is not None)
 
 

@@ -130,7 +130,7 @@ def decide(
         return Verdict("execute", "it has no checkpoint yet")
     if (cause := code_cause(recorded.code, code)) is not None:
         return Verdict("execute", cause.sentence, cause=cause)
-    if recorded.code.python != code.python and any(group.code for group in recorded.groups):
+    if recorded.code.python != code.python and any(group.code for group in recorded.groups + recorded.later):
         said = f"it left functions or classes of Python {recorded.code.python}, which Python {code.python} can't load"
         return Verdict("execute", said, cause=Cause(said, "python"))
     now = inputs()

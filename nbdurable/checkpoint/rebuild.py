@@ -15,6 +15,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from nbdurable.checkpoint.recipes import recipe_of
 from nbdurable.errors import NotRestorable
 
 _namespace: ContextVar[dict[str, Any]] = ContextVar("nbdurable_live_namespace")
@@ -42,6 +43,17 @@ def live(qualname: str) -> Any:
             f"a saved value needs `{qualname}`, which the notebook has not defined by now",
             todo=f"define `{head}` in a cell above the step",
         ) from None
+    return found
+
+
+def made(name: str) -> Any:
+    """Return the object that the recipe of a variable has made."""
+    found = _namespace.get().get(name)
+    if recipe_of(found, _namespace.get()) is None:
+        raise NotRestorable(
+            f"a saved value needs `{name}`, as its recipe makes it",
+            todo=f"run the cell that makes `{name}` first",
+        )
     return found
 
 

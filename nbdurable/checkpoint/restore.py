@@ -20,10 +20,11 @@ from nbdurable.checkpoint import rebuild
 from nbdurable.checkpoint.analysis import remember_sources
 from nbdurable.checkpoint.blobs import BlobStore
 from nbdurable.checkpoint.manifest import Blob, Group, Manifest, map_blob, read_blob
+from nbdurable.checkpoint.recipes import Recipe, may_be_made, note, said
 from nbdurable.checkpoint.unsaved import Unsaved
 from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, NotRestorable
 
-__all__ = ["Unsaved", "load", "restore", "values"]
+__all__ = ["Unsaved", "load", "make_again", "restore", "values"]
 
 
 def load(names: Sequence[str], stream: bytes | memoryview, buffers: Iterable[Any]) -> dict[str, Any]:
@@ -50,11 +51,13 @@ def restore(
     names: Collection[str] | None = None,
     *,
     random: bool = True,
+    make: bool = True,
 ) -> None:
     """Bind the variables of a verified manifest in a namespace: all of them, or none.
 
     Variables that were not saved become `Unsaved` placeholders; those that the step deleted are deleted;
-    the random generators get their state back, if `random`. `names`: bind only these, and delete nothing. Raises
+    the random generators get their state back, if `random`. `names`: bind only these, and delete nothing. What
+    recipes make is made last, and what refers to it, unless `make` is false (`make_again` does it). Raises
     BlobMissing, BlobDamaged and NotRestorable, naming variable and step.
     """
     found = values(manifest, namespace, blobs, names)
@@ -64,11 +67,58 @@ def restore(
     for variable in manifest.variables:
         if variable.state == "unsaved" and (names is None or variable.name in names):
             found[variable.name] = Unsaved(variable.name, manifest.step, variable.reason)
+    touched = {*found, *(name for group in manifest.later for name in group.names)}
+    before = {name: namespace[name] for name in touched if name in namespace}
     namespace.update(found)
+    try:
+        if make:
+            make_again(manifest, namespace, blobs, names)
+    except BaseException:
+        for name in touched:
+            namespace.pop(name, None)
+        namespace.update(before)
+        raise
     for name in manifest.deleted if names is None else ():
         namespace.pop(name, None)
     if states is not None:
         _set_random(states)
+
+
+def make_again(
+    manifest: Manifest, namespace: dict[str, Any], blobs: BlobStore, names: Collection[str] | None = None
+) -> None:
+    """Run the recipes of a verified manifest, or only those of `names`, and bind what they make and what refers to it.
+
+    In the order in which they ran in the step; what it left otherwise is bound by then. A recipe that fails raises
+    NotRestorable, and leaves the namespace as it is by then.
+    """
+    wanted = [g for g in manifest.later if names is None or not set(g.names).isdisjoint(names)]
+    for group in wanted:  # no recipe sees what the namespace held before
+        for name in group.names:
+            namespace.pop(name, None)
+    for group in wanted:
+        with _without_gc(), rebuild.into(namespace):
+            found = _load_group(group, manifest.step, blobs)
+        for name, value in found.items():
+            if names is not None and name not in names:
+                continue
+            if not group.recipe:
+                namespace[name] = value
+                continue
+            namespace[name] = made = _made(name, value, manifest.step)
+            note(Recipe(name, made, value, group.recipe, manifest.step))
+
+
+def _made(name: str, make: Any, step: str) -> Any:
+    about = f"variable `{name}` of step `{step}` can't be made again: its recipe `{said(make)}`"
+    todo = f"run the cell again once that is mended, or edit it; `%durable rerun {step}` runs the whole step"
+    try:
+        made = make()
+    except Exception as error:
+        raise NotRestorable(f"{about} raised {type(error).__name__}: {error}", todo=todo) from error
+    if not may_be_made(made):
+        raise NotRestorable(f"{about} returned a {type(made).__name__}", todo=todo)
+    return made
 
 
 def values(

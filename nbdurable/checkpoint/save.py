@@ -22,12 +22,12 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import cloudpickle
 
 from nbdurable.checkpoint import rebuild
-from nbdurable.checkpoint.analysis import source_of_code
+from nbdurable.checkpoint.analysis import globals_read, source_of_code
 from nbdurable.checkpoint.blobs import BUFFER_CHUNK, BlobStore
 from nbdurable.checkpoint.fingerprint import (
     Unfingerprintable,
@@ -50,6 +50,7 @@ from nbdurable.checkpoint.objects import (
     unsaveable,
 )
 from nbdurable.checkpoint.preview import describe, printable
+from nbdurable.checkpoint.recipes import in_use, made_by, recipe_of, said
 from nbdurable.checkpoint.restore import load
 from nbdurable.checkpoint.track import is_user_name
 from nbdurable.models import Variable
@@ -68,6 +69,7 @@ class Saved:
     """
 
     groups: tuple[Group, ...]
+    later: tuple[Group, ...]  # recipes, and what refers to them
     variables: tuple[Variable, ...]
     random: Blob | None
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -80,6 +82,7 @@ def save(
     blobs: BlobStore,
     *,
     fingerprints: Mapping[str, str] | None = None,
+    step: str = "",
     random: bool = False,
     verify: bool = True,
 ) -> Saved:
@@ -87,32 +90,46 @@ def save(
 
     `names`: the variables that were written. Another variable that shares a mutable object with one of them
     is saved along, so that the sharing survives. `fingerprints`: those of all user variables, as
-    `Tracker.changes` gave them. `random`: whether the state of the random generators is saved. `verify`:
-    load small pickles back and compare. What can't be saved is a Variable of state "unsaved" with its
-    reason; it takes no unrelated variable down. Raises StoreFull, CheckpointError if blobs can't be
-    written.
+    `Tracker.changes` gave them. `step`: what recipes made in it is saved as the function that makes it. `random`:
+    whether the state of the random generators is saved. `verify`: load small pickles back and compare. What can't
+    be saved is a Variable of state "unsaved" with its reason; it takes no unrelated variable down. Raises
+    StoreFull, CheckpointError if blobs can't be written.
     """
     with warnings.catch_warnings():  # pickling objects may touch what they deprecate
         warnings.simplefilter("ignore")
-        job = _Job(namespace, names, fingerprints or {}, verify)
+        job = _Job(namespace, names, fingerprints or {}, verify, step)
         packs = job.packs()
     contents: list[tuple[bytes | memoryview, int]] = []
     for pack in packs:
         contents.append((pack.stream, STREAM_CHUNK))
         contents += [(buffer, BUFFER_CHUNK) for buffer in pack.buffers]
     kept = iter(put_blobs(contents, blobs))
-    groups, variables, digests = [], list(job.refused.values()), {}
+    groups: list[Group] = []
+    later: list[Group] = []
+    variables, digests = list(job.refused.values()), {}
     for pack in packs:
         stream, buffers = next(kept), tuple(islice(kept, len(pack.buffers)))
-        groups.append(Group(names=pack.names, stream=stream, buffers=buffers, code=pack.code))
+        group = Group(names=pack.names, stream=stream, buffers=buffers, code=pack.code, recipe=pack.recipe)
+        (later if pack.recipe or pack.needs or later else groups).append(group)
         for name in pack.names:
             kind, shape, preview = describe(namespace[name])
+            state: Literal["saved", "recipe"] = "recipe" if pack.recipe else "saved"
+            reason = f"by recipe `{said(job.made[name].make)}`" if pack.recipe else ""
             variables.append(
-                Variable(name=name, type=kind, bytes=pack.sizes[name], shape=shape, preview=preview)
+                Variable(
+                    name=name,
+                    type=kind,
+                    bytes=pack.sizes[name],
+                    state=state,
+                    shape=shape,
+                    preview=preview,
+                    reason=reason,
+                )
             )
             digests[name] = job.digest(name)
     return Saved(
         groups=tuple(groups),
+        later=tuple(later),
         variables=tuple(sorted(variables, key=lambda variable: variable.name)),
         random=put_blob(pickle.dumps(_random_state(), protocol=5), blobs) if random else None,
         fingerprints=digests,
@@ -137,6 +154,8 @@ class _Pack:
     sizes: dict[str, int]
     modules: frozenset[str]
     code: bool
+    needs: frozenset[str]  # names of variables by recipe to which it refers
+    recipe: str = ""
 
 
 class _Refused(Exception):
@@ -151,13 +170,20 @@ class _Job:
     """One call of `save`: which variables belong together, and which are refused."""
 
     def __init__(
-        self, namespace: dict[str, Any], names: Collection[str], fingerprints: Mapping[str, str], verify: bool
+        self,
+        namespace: dict[str, Any],
+        names: Collection[str],
+        fingerprints: Mapping[str, str],
+        verify: bool,
+        step: str,
     ) -> None:
         self.namespace = namespace
         self.verify = verify
         self.refused: dict[str, Variable] = {}
         self._digests = dict(fingerprints)
-        self._written = {name for name in names if name in namespace}
+        made = made_by(step, namespace) if step else []
+        self.made = {one.name: one for one in made if one.make is not None and one.name in names}
+        self._written = {name for name in names if name in namespace} - self.made.keys()
         others = fingerprints or filter(is_user_name, list(namespace))
         self._walks: dict[str, Walk] = {}
         self._problems: dict[str, list[Problem]] = {}
@@ -172,7 +198,68 @@ class _Job:
         return self._digests[name]
 
     def packs(self) -> list[_Pack]:
-        """Pickle every group; a variable that can't be saved is refused, and its group tried again without it."""
+        """Pickle every group; a variable that can't be saved is refused, and its group tried again without it.
+
+        Groups that refer to nothing that a recipe makes come first, then those that refer to what other cells made,
+        then the recipes, each followed by the groups for which nothing is missing any more.
+        """
+        recipes = {}
+        for name in list(self.made):
+            try:
+                recipes[name] = self._pack_recipe(name)
+            except _Refused as refused:
+                self._refuse(name, refused.reason)
+        while True:
+            groups = self._packs()
+            ordered, trouble = self._in_order(groups, recipes)
+            if trouble is None:
+                return ordered
+            del recipes[trouble.name]
+            self._refuse(trouble.name, trouble.reason)
+
+    def _in_order(
+        self, groups: list[_Pack], recipes: dict[str, _Pack]
+    ) -> tuple[list[_Pack], _Refused | None]:
+        """Return packs in the order of loading, or the first recipe that what it needs can't come before."""
+        left = [pack for pack in groups if pack.needs & recipes.keys()]
+        ordered = sorted(
+            (pack for pack in groups if not pack.needs & recipes.keys()), key=lambda pack: bool(pack.needs)
+        )
+        waiting = {*recipes, *(name for pack in left for name in pack.names)}
+        done: set[str] = set()
+        for name, recipe in recipes.items():
+            make = self.made[name].make
+            for needed in sorted((_reads(make, self.namespace) | recipe.needs) - {name}):
+                if needed in self.refused:
+                    reason = (
+                        f"its recipe needs `{needed}`, which can't be saved ({self.refused[needed].reason})"
+                    )
+                    return [], _Refused(name, reason)
+                if needed in waiting:
+                    reason = f"its recipe reads `{needed}`, which can't be there before `{name}` is; {_PLAIN}"
+                    return [], _Refused(name, reason)
+            ordered.append(recipe)
+            done.add(name)
+            waiting.discard(name)
+            for pack in [one for one in left if one.needs & recipes.keys() <= done]:
+                left.remove(pack)
+                ordered.append(pack)
+                waiting -= set(pack.names)
+        return ordered, None
+
+    def _pack_recipe(self, name: str) -> _Pack:
+        """Pickle the function that makes a variable, in place of its value."""
+        recipe = self.made[name]
+        walk, problems = reach(recipe.make, self.namespace, "")
+        if problems:
+            raise _Refused(name, f"its recipe `{said(recipe.make)}`: {problems[0].sentence('')}")
+        pack = self._pack((name,), {name: recipe.make})
+        if self.verify:
+            self._verify(pack, {name: recipe.make})
+        live = frozenset(walk.live)
+        return dataclasses.replace(pack, recipe=recipe.digest, needs=live)
+
+    def _packs(self) -> list[_Pack]:
         for name in sorted(self._written):
             if self._problems[name]:
                 self._refuse(name, self._problems[name][0].sentence(name))
@@ -182,7 +269,9 @@ class _Job:
             try:
                 for group in groups:
                     if group not in done:
-                        done[group] = self._pack(group)
+                        done[group] = self._pack(group, self.namespace)
+                        if self._is_verified(done[group]):
+                            self._verify(done[group], self.namespace)
             except _Refused as refused:
                 if refused.name in self._written:
                     self._refuse(refused.name, refused.reason)
@@ -237,8 +326,8 @@ class _Job:
         if not sharing:
             del self._walks[spoilt]  # it came in by way of others, which can do without it
 
-    def _pack(self, names: tuple[str, ...]) -> _Pack:
-        arrays = _shared_memory(self._walks[name] for name in names)
+    def _pack(self, names: tuple[str, ...], values: Mapping[str, Any]) -> _Pack:
+        arrays = _shared_memory(self._walks[name] for name in names if name in self._walks)
         file = io.BytesIO()
         buffers: list[memoryview] = []
         sizes: dict[str, int] = {}
@@ -254,29 +343,36 @@ class _Job:
         for name in names:
             start, first = file.tell(), len(buffers)
             try:
-                pickler.dump(self.namespace[name])
+                pickler.dump(values[name])
             except Exception as error:
                 reason = str(error).strip() or type(error).__name__
                 raise _Refused(name, f"pickle refuses it ({reason[:300]}); {_PLAIN}") from error
             sizes[name] = file.tell() - start + sum(buffer.nbytes for buffer in buffers[first:])
         pickler.dump(pickler.sources)
         modules = frozenset(pickler.modules)
-        pack = _Pack(names, file.getvalue(), buffers, sizes, modules, pickler.by_value)
-        small = len(pack.stream) <= VERIFIED_STREAM_BYTES
-        if self.verify and small and sum(buffer.nbytes for buffer in buffers) <= VERIFIED_BUFFER_BYTES:
-            self._verify(pack)
-        return pack
+        needs = frozenset(pickler.made)
+        return _Pack(names, file.getvalue(), buffers, sizes, modules, pickler.by_value, needs)
 
-    def _verify(self, pack: _Pack) -> None:
+    def _is_verified(self, pack: _Pack) -> bool:
+        buffers = sum(buffer.nbytes for buffer in pack.buffers)
+        return self.verify and len(pack.stream) <= VERIFIED_STREAM_BYTES and buffers <= VERIFIED_BUFFER_BYTES
+
+    def _verify(self, pack: _Pack, live: Mapping[str, Any]) -> None:
         """Load a pickle back, beside the live namespace, and compare."""
         scratch = dict(self.namespace)
         current = pack.names[0]
         try:
             with rebuild.into(scratch):
                 values = load(pack.names, pack.stream, pack.buffers)
-            scratch.update(values)
+            if live is self.namespace:
+                scratch.update(values)
             for current in pack.names:
-                if fingerprint(values[current], scratch) != self.digest(current):
+                expected = (
+                    self.digest(current)
+                    if live is self.namespace
+                    else fingerprint(live[current], self.namespace)
+                )
+                if fingerprint(values[current], scratch) != expected:
                     raise _Refused(current, f"a copy of it does not come back equal; {_PLAIN}")
             if len(pack.names) > 1:
                 before = [self.namespace[name] for name in pack.names]
@@ -294,6 +390,19 @@ class _Job:
             raise _Refused(
                 getattr(error, "variable", current), f"a copy of it can't be loaded ({reason}); {_PLAIN}"
             ) from error
+
+
+def _reads(make: Any, namespace: Mapping[str, Any]) -> set[str]:
+    """Return the names of the namespace that a function reads, itself or through functions that it calls."""
+    found: set[str] = set()
+    queue = [make]
+    while queue:
+        function = queue.pop()
+        if is_notebook_function(function, namespace):
+            names = globals_read(function.__code__) & namespace.keys() - found
+            found |= names
+            queue += [namespace[name] for name in names]
+    return found
 
 
 def _components(keys: dict[str, set[int]], references: dict[str, set[str]]) -> list[set[str]]:
@@ -365,8 +474,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.sources: dict[str, str] = {}  # cells that define the functions and classes saved by value
         self.by_value = False  # whether there are any
         self.modules: set[str] = set()  # top-level ones, of the types and the functions that it met
+        self.made: set[str] = set()  # names of the variables by recipe that it referred to
 
     def reducer_override(self, obj: Any) -> Any:
+        if in_use and (recipe := recipe_of(obj, self._namespace)) is not None:
+            self.made.add(recipe.name)
+            return rebuild.made, (recipe.name,)
         kind = type(obj)
         special = _REDUCERS.get(kind)
         if special is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbdurable.checkpoint.blobs import BlobStore
 from nbdurable.checkpoint.manifest import Manifest
-from nbdurable.checkpoint.restore import restore, values
+from nbdurable.checkpoint.restore import make_again, restore, values
 from nbdurable.errors import CheckpointError, NotFound, NotRestorable
 from nbdurable.models import Variable
 
@@ -28,6 +28,11 @@ class Held:
     def fingerprint(self) -> str:
         """Return the fingerprint of its value; "" where it was not saved."""
         return self.manifest.fingerprints.get(self.variable.name, "")
+
+    @property
+    def is_made(self) -> bool:
+        """Tell whether a recipe makes it, or something in it."""
+        return any(self.variable.name in group.names for group in self.manifest.later)
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,14 @@ def checkout(
     touched = wanted.keys() | (state.deleted if names is None else set())
     before = {name: namespace[name] for name in touched if name in namespace}
     try:
-        for manifest in state.manifests:
-            own = {name for name, held in wanted.items() if held.manifest is manifest}
+        owned = [
+            (one, {name for name, held in wanted.items() if held.manifest is one}) for one in state.manifests
+        ]
+        for manifest, own in owned:
             if own:
-                restore(manifest, namespace, blobs, own, random=False)
+                restore(manifest, namespace, blobs, own, random=False, make=False)
+        for manifest, own in owned:
+            make_again(manifest, namespace, blobs, own)
         if names is None:
             for manifest in [one for one in state.manifests if one.random is not None][-1:]:
                 restore(manifest, namespace, blobs, ())
@@ -102,15 +111,21 @@ def checkout(
 def value_of(state: State, name: str, namespace: dict[str, Any], blobs: BlobStore) -> Any:
     """Return the value of one variable; nothing is bound.
 
-    What it refers to by name (a class, a function) is looked up in `namespace`, else in the state itself.
+    What it refers to by name (a class, a function) is looked up in `namespace`, else in the state itself. One by
+    recipe is made: the recipes of the state run.
     """
     held = state[name]
     _check_saved(held)
+    scratch = dict(namespace)
+    saved = {one for one, held in state.variables.items() if held.variable.state == "saved"}
+    if held.is_made:
+        made = {one for one, other in state.variables.items() if other.variable.state == "recipe"}
+        checkout(state, scratch, blobs, saved | made)
+        return scratch[name]
+    saved = {one for one in saved if not state.variables[one].is_made}
     try:
         return values(held.manifest, namespace, blobs, {name})[name]
     except NotRestorable as error:
-        scratch = dict(namespace)
-        saved = {one for one, held in state.variables.items() if held.variable.state == "saved"}
         try:
             checkout(state, scratch, blobs, saved)
         except CheckpointError:
@@ -119,7 +134,7 @@ def value_of(state: State, name: str, namespace: dict[str, Any], blobs: BlobStor
 
 
 def _check_saved(held: Held) -> None:
-    if held.variable.state != "saved":
+    if held.variable.state not in ("saved", "recipe"):
         raise NotRestorable(
             f"variable `{held.variable.name}` of step `{held.manifest.step}` was not saved: {held.variable.reason}",
             todo=f"run the step again: `%durable rerun {held.manifest.step}`",

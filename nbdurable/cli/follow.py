@@ -68,6 +68,7 @@ def _details(step: Step) -> Iterator[tuple[str, str]]:
     notes += saved[:_SHOWN_VARIABLES]
     if len(saved) > _SHOWN_VARIABLES:
         notes.append(f"{len(saved) - _SHOWN_VARIABLES} more")
+    notes += [f"{found.name} {found.reason}" for found in step.variables if found.state == "recipe"]
     if step.status is StepStatus.REPLAY:
         notes.append("runs again on resume")
     if notes:

@@ -128,7 +128,7 @@ def _amount(found: Variable) -> str:
 
 
 def _value(found: Variable) -> str:
-    return clip(found.reason if found.state == "unsaved" else found.preview, 100)
+    return clip(found.reason if found.state in ("unsaved", "recipe") else found.preview, 100)
 
 
 def print_waits(waits: Sequence[Wait], screen: Screen, command: Callable[[str], str]) -> None:

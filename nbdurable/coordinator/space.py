@@ -256,7 +256,7 @@ class _Step:
         if manifest is None:
             return
         self.inline += _inline(manifest.blobs())
-        for group in manifest.groups:
+        for group in manifest.groups + manifest.later:
             parts = (group.stream, *group.buffers)
             for name in group.names:
                 files = {digest for blob in parts for digest in blob.files()}

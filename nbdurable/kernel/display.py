@@ -33,8 +33,10 @@ def say(shell: Any, text: str) -> None:
 
 def summary(variables: Iterable[Variable]) -> str:
     """Sum up the values that a checkpoint holds: `results list[10] 42 kB · draft str 3 kB · and 3 more`."""
+    variables = tuple(variables)
     saved = [v for v in variables if v.state == "saved" and v.type not in _NOT_SHOWN]
-    return few([f"{v.name} {_kind(v)} {size(v.bytes)}" for v in saved], " · ")
+    made = [f"{v.name} {v.reason}" for v in variables if v.state == "recipe"]
+    return few([*made, *(f"{v.name} {_kind(v)} {size(v.bytes)}" for v in saved)], " · ")
 
 
 def few(parts: list[str], between: str = ", ") -> str:

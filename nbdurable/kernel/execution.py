@@ -21,6 +21,7 @@ from nbdurable.checkpoint import analysis
 from nbdurable.checkpoint.manifest import Blob, CodeFacts, Group, InputFact, Manifest, put_blob, seal
 from nbdurable.checkpoint.packages import versions
 from nbdurable.checkpoint.plan import Verdict, digest
+from nbdurable.checkpoint.recipes import misnamed
 from nbdurable.checkpoint.save import save
 from nbdurable.errors import StepUsageError, Suspended
 from nbdurable.kernel import display
@@ -40,6 +41,7 @@ class Captured:
 
     variables: tuple[Variable, ...] = ()
     groups: tuple[Group, ...] = ()
+    later: tuple[Group, ...] = ()
     fingerprints: dict[str, str] = field(default_factory=dict)
     random: Blob | None = None
     deleted: tuple[str, ...] = ()
@@ -92,6 +94,15 @@ class Execution:
         """Take note of the namespace, right before the body runs."""
         self.before = self.session.tracker.snapshot()
         self._began = time.perf_counter()
+
+    def made_by(self) -> str:
+        """Return the digest of all that the step's code stands on, for what a recipe makes in it."""
+        helpers = (
+            f"{name}={fact.ast}{sorted((fact.state or {}).items())}"
+            for name, fact in sorted(self.code.helpers.items())
+        )
+        inputs = (f"{name}={fact.origin}" for name, fact in sorted(self.inputs.items()))
+        return digest(self.code.digest, *helpers, "", *inputs)
 
     def stop(self) -> None:
         """Stop copying what is displayed."""
@@ -168,16 +179,24 @@ class Execution:
         if self.again:
             names, deleted, moved = set(), set(), False
         left_out = names & self.options.no_save
-        saved = save(session.values, names - left_out, session.blobs, fingerprints=fingerprints, random=moved)
+        saved = save(
+            session.values,
+            names - left_out,
+            session.blobs,
+            fingerprints=fingerprints,
+            step=self.name,
+            random=moved,
+        )
         variables = [*saved.variables]
         for name in sorted(left_out):
             kind = type(session.values.get(name)).__name__
             variables.append(Variable(name=name, type=kind, state="unsaved", reason="left out by --no-save"))
         variables += [Variable(name=name, type="", state="deleted") for name in sorted(deleted)]
-        kept = {variable.name for variable in variables if variable.state == "saved"}
+        kept = {variable.name for variable in variables if variable.state in ("saved", "recipe")}
         return Captured(
             variables=tuple(variables),
             groups=saved.groups,
+            later=saved.later,
             fingerprints={name: value for name, value in saved.fingerprints.items() if name in kept},
             random=saved.random,
             deleted=tuple(sorted(deleted)),
@@ -190,12 +209,28 @@ class Execution:
 
         Raises DurableError, and nothing is committed.
         """
+        self._check_recipes()
         captured = self._capture()
         if self.again or (self.session.every_cell and captured.unsaved):
             self._commit("replay", captured)
         else:
             self._commit("completed", captured)
         return captured.variables
+
+    def _check_recipes(self) -> None:
+        """Refuse a recipe under a name that no variable, or another one, has: it would come back where nobody looks."""
+        for name, holders in misnamed(self.name, self.session.values):
+            others = [holder for holder in holders if self.session.tracker.is_users(holder)]
+            if others:
+                raise StepUsageError(
+                    f"what the recipe `{name}` made is held by the variable `{others[0]}`, not `{name}`",
+                    todo=f"write `{others[0]} = durable.recipe('{others[0]}', …)`",
+                )
+            if name not in self.session.values and name not in self.names.deletes:
+                raise StepUsageError(
+                    f"the recipe `{name}` ran, but the cell left no variable `{name}`",
+                    todo=f"write `{name} = durable.recipe('{name}', …)` in the cell itself",
+                )
 
     def _commit_waiting(self, at: tuple[int, int] | None) -> None:
         """Commit what was done before the statement `at`, which reached a gate.
@@ -233,6 +268,7 @@ class Execution:
             fingerprints=captured.fingerprints,
             variables=captured.variables,
             groups=captured.groups,
+            later=captured.later,
             deleted=captured.deleted,
             random=captured.random,
             outputs=put_blob(outputs, session.blobs) if captured.outputs else None,
@@ -270,6 +306,8 @@ class Execution:
         session.note(checkpoint, manifest)
         if self.again:
             session.note_plain_cell(self.names, self.code.digest, self.code.source)
+            if self.options.replay:
+                session.note_replayed(self.names)
         elif status != "waiting":
             session.visited.add(self.name)
             note_origins(session, manifest)

@@ -29,7 +29,10 @@ HELP = """\
 %durable checkout RUN STEP [NAMES]   bring the variables as of a step of any run into this kernel
 %durable diff RUN [RUN]  what differs between two runs or steps (RUN:STEP); the second one: this run
 %durable runs           the notebook's runs
-%durable help           this"""
+%durable help           this
+
+%%step NAME [options]   a cell that runs once; `%%step?` tells the options, `--replay` among them
+durable.recipe("client", make_client)   makes what can't be saved, and makes it again where the step is restored"""
 
 _MARKS = {
     StepStatus.RUNNING: "…",

@@ -10,15 +10,19 @@ import atexit
 import contextlib
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nbdurable import contract, security
+from nbdurable.checkpoint import recipes
 from nbdurable.checkpoint.analysis import CellNames
 from nbdurable.checkpoint.blobs import LocalBlobs
+from nbdurable.checkpoint.fingerprint import reach
 from nbdurable.checkpoint.manifest import Manifest, unseal
 from nbdurable.checkpoint.modules import Modules
-from nbdurable.checkpoint.plan import Origins
+from nbdurable.checkpoint.plan import Origins, digest
+from nbdurable.checkpoint.recipes import Recipe
 from nbdurable.checkpoint.track import Tracker
 from nbdurable.checkpoint.watched import Watcher
 from nbdurable.client import Client
@@ -65,6 +69,9 @@ class Session:
         self.to_rerun: set[str] = set()
         self.cells: dict[str, str] = {}  # step → id of the cell that it was last seen in
         self.trouble: DurableError | None = None  # why no step can run now
+        self.made: list[
+            Recipe
+        ] = []  # in the plain cell that runs now; what they count by is known at its end
         self._manifests: dict[int, Manifest] = {}
         self._stop = threading.Event()
         if run_id is not None:
@@ -170,6 +177,23 @@ class Session:
         """Note where the variables of a plain cell come from, as the cell ends."""
         number = getattr(self.shell, "execution_count", 0)
         self.origins.plain_cell(names, code_digest, label_of(source), f"cell {number}")
+
+        for recipe in self.made:
+            behind = self.origins[recipe.name].digest
+            recipes.note(replace(recipe, digest=digest(behind, recipe.digest)))
+        self.made.clear()
+
+    def note_replayed(self, names: CellNames) -> None:
+        """Let what a `--replay` cell made, and can't be saved, count by its cell.
+
+        Not an object of the notebook's own class with a part that can't be saved: a change of its data must be seen.
+        """
+        for name in sorted(names.stores & self.values.keys()):
+            value = self.values[name]
+            if recipes.may_be_made(value) and any(
+                not problem.path for problem in reach(value, self.values, name)[1]
+            ):
+                recipes.note(recipes.Recipe(name, value, None, self.origins[name].digest))
 
     def cell_of(self, file: str) -> str:
         """Name the cell that a file name of compiled code stands for, as tracebacks do; "" for other files."""

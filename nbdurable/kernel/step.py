@@ -16,12 +16,15 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from IPython.utils.capture import capture_output
+
 from nbdurable import contract
-from nbdurable.checkpoint import analysis
+from nbdurable.checkpoint import analysis, recipes
+from nbdurable.checkpoint.fingerprint import partial_fingerprint
 from nbdurable.checkpoint.manifest import (
     CodeFacts,
     InputFact,
@@ -29,7 +32,7 @@ from nbdurable.checkpoint.manifest import (
     read_blob,
 )
 from nbdurable.checkpoint.packages import versions
-from nbdurable.checkpoint.plan import Verdict, decide
+from nbdurable.checkpoint.plan import Verdict, decide, digest
 from nbdurable.checkpoint.restore import restore
 from nbdurable.checkpoint.sources import code_digest
 from nbdurable.checkpoint.watched import missing
@@ -89,6 +92,9 @@ class Steps:
         if cell_id is None and hasattr(self.shell, "get_parent"):
             cell_id = (self.shell.get_parent().get("metadata") or {}).get("cellId")
         self._cells.append(Cell(info.raw_cell, cell_id))
+        if len(self._cells) == 1:
+            self.session.made.clear()
+            recipes.forget_gone(self.session.values)
         self.session.values[HOOK] = self  # `%reset` may have taken it away
 
     def visit(self, tree: ast.Module) -> ast.Module:
@@ -192,13 +198,25 @@ class Steps:
         assert self.execution is not None
         self.execution.mark(statement)
 
+    def note_recipe(self, name: str, value: Any, make: Any) -> None:
+        """Note what makes a value again, which the cell that runs now binds to a variable."""
+        session, execution = self.session, self.execution
+        own = partial_fingerprint(make, session.values)[0]
+        if execution is None or execution.again:
+            recipe = recipes.Recipe(name, value, make, own)
+            session.made.append(recipe)
+        else:
+            recipe = recipes.Recipe(name, value, make, digest(own, execution.made_by()), execution.name)
+        recipes.note(recipe)
+
     def _put_back(self, step: str, manifest: Manifest) -> None:
         session = self.session
         try:
             outputs: list[Output] = (
                 json.loads(bytes(read_blob(manifest.outputs, session.blobs))) if manifest.outputs else []
             )
-            restore(manifest, session.values, session.blobs)
+            with capture_output() if manifest.later else nullcontext():  # what recipes print was shown before
+                restore(manifest, session.values, session.blobs)
         except DurableError as error:
             error.todo = (error.todo or "run the step again (`%durable rerun NAME`)").replace("NAME", step)
             raise
@@ -290,6 +308,7 @@ class Steps:
             session, options, code, inputs(), body, names, mentioned, verdict, begun.attempt
         )
         cell.execution.again = again
+        recipes.forget_step(options.name)
         cell.execution.record()
         cell.execution.begin()
         tree.body = self._marked(body, used)

@@ -137,6 +137,7 @@ def test_public_names() -> None:
         "approve_async",
         "current_run",
         "load",
+        "recipe",
         "result",
         "sleep",
         "sleep_async",
