@@ -62,6 +62,11 @@ def imported(module: str, name: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def code(arguments: tuple[Any, ...], file: str) -> types.CodeType:
+    """Make compiled code that says which cell it comes from."""
+    return types.CodeType(*arguments).replace(co_filename=file)
+
+
 def function(
     code: types.CodeType, name: str, closure: tuple[types.CellType, ...] | None
 ) -> types.FunctionType:

@@ -531,6 +531,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         made = (function.__code__, function.__name__, function.__closure__)
         return rebuild.function, made, (cells, attributes), None, None, rebuild.fill_function
 
+    def _code(self, code: types.CodeType) -> Any:
+        """Reduce compiled code as cloudpickle does, but keep the cell that it comes from, which 3.1.3 drops."""
+        _, arguments = self.dispatch_table[types.CodeType](code)
+        return rebuild.code, (arguments, code.co_filename)
+
     def _first_seen(self, function: types.FunctionType) -> list[tuple[types.CellType, Any]]:
         """Return the closure cells, with their content, that no function carries yet: this one does."""
         cells = []
@@ -694,6 +699,7 @@ def _is_large(array: Any) -> bool:
 
 _REDUCERS: dict[type, Any] = {
     types.FunctionType: _Pickler._function,
+    types.CodeType: _Pickler._code,
     types.CellType: _Pickler._cell,
     LruCacheWrapper: _Pickler._lru,
     functools.cached_property: _Pickler._cached_property,

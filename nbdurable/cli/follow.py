@@ -7,13 +7,14 @@ watches a run until it has ended or waits for a person. Knows nothing of how the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdurable.cli.screen import Line, Screen, clip, clock, plain, variable, warn
 from nbdurable.contract import GET_RUN, HEALTH, READ_EVENTS, ByRun, Nothing, ReadEvents
 from nbdurable.coordinator.fold import Kind
+from nbdurable.errors import StoreFull
 from nbdurable.models import Event, Run, RunDetail, RunStatus, Step, StepStatus, Wait, WaitKind, WaitStatus
 from nbdurable.policies import span
 
@@ -141,7 +142,8 @@ def states(client: Client, run_id: str) -> Iterator[tuple[RunDetail, tuple[Event
     trouble = ""
     while True:
         events = client.call(READ_EVENTS, ReadEvents(run_id=run_id, after=after, hold_s=_HOLD_S)).events
-        if not events:
+        run = _readable(client, run_id) if events else None
+        if run is None:
             former, trouble = trouble, client.call(HEALTH, Nothing()).trouble
             if trouble not in ("", former):
                 said, _, todo = trouble.partition("\n  → ")
@@ -149,10 +151,16 @@ def states(client: Client, run_id: str) -> Iterator[tuple[RunDetail, tuple[Event
                 warn("  → ", todo)
             continue
         after = events[-1].seq
-        run = client.call(GET_RUN, ByRun(run_id=run_id))
         yield run, events
         if run.status.is_final or run.status is RunStatus.PAUSED or needs_person(run):
             return
+
+
+def _readable(client: Client, run_id: str) -> RunDetail | None:
+    """Return a run, None while the store has no space: whoever follows goes on following, as the run does."""
+    with suppress(StoreFull):
+        return client.call(GET_RUN, ByRun(run_id=run_id))
+    return None
 
 
 def follow(client: Client, run_id: str, screen: Screen, story: Story) -> RunDetail:

@@ -539,12 +539,7 @@ def _taught() -> Iterator[None]:
     except duckdb.InterruptException:
         raise UsageError(f"the query took longer than {QUERY_S:.0f} s", todo="ask for less") from None
     except duckdb.InvalidInputException as error:
-        if "pytz" not in str(error):
-            raise UsageError(str(error)) from None
-        raise UsageError(
-            "the result has a TIMESTAMP WITH TIME ZONE",
-            todo="cast it: `now()::TIMESTAMP`; all times are in UTC",
-        ) from None
+        raise UsageError(str(error)) from None
     except (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError) as error:
         raise UsageError(str(error).rstrip(), todo=_TABLES) from None
     except (duckdb.PermissionException, duckdb.TransactionException, duckdb.OutOfMemoryException) as error:
