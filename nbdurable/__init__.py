@@ -15,6 +15,7 @@ _HOMES = {
     "Decision": "nbdurable.kernel.waits",
     "current_run": "nbdurable.kernel.context",
     "result": "nbdurable.kernel.context",
+    "skip_rest": "nbdurable.kernel.context",
     "load": "nbdurable.kernel.travel",
     "recipe": "nbdurable.kernel.recipes",
     "Client": "nbdurable.client",
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "recipe",
     "result",
+    "skip_rest",
     "sleep",
     "sleep_async",
 ]
@@ -40,7 +42,7 @@ __all__ = [
 if TYPE_CHECKING:
     from nbdurable.client import Client
     from nbdurable.errors import DurableError
-    from nbdurable.kernel.context import current_run, result
+    from nbdurable.kernel.context import current_run, result, skip_rest
     from nbdurable.kernel.recipes import recipe
     from nbdurable.kernel.travel import load
     from nbdurable.kernel.waits import Decision, approve, approve_async, sleep, sleep_async

@@ -21,6 +21,7 @@ from nbdurable.models import (
     ErrorInfo,
     Event,
     ProcessIdentity,
+    Progress,
     Run,
     RunDetail,
     RunStatus,
@@ -198,6 +199,48 @@ class SetResult(Shape):
     run_id: str
     epoch: int
     result: JSON
+
+
+class Change(Shape):
+    """One change of a run's metadata: `increment` adds a number, `append` an element to a list."""
+
+    how: Literal["set", "increment", "append", "remove"]
+    name: str = Field(min_length=1, max_length=200)
+    value: JSON = None
+
+
+class ChangeMetadata(Shape):
+    """Change what a run's code says about it. The same `nonce` again changes nothing more."""
+
+    run_id: str
+    epoch: int
+    step: str | None = None
+    changes: tuple[Change, ...]
+    nonce: str
+
+
+class Metadata(Shape):
+    values: dict[str, Any]
+
+
+class AddLog(Shape):
+    """Add a line to the run's own log; the same `nonce` again adds nothing."""
+
+    run_id: str
+    epoch: int
+    step: str | None = None
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    message: str
+    fields: dict[str, Any] = Field(default_factory=dict)
+    nonce: str
+
+
+class SetProgress(Shape):
+    """Say how far a step is: kept in memory only."""
+
+    run_id: str
+    epoch: int
+    progress: Progress
 
 
 # Steps -----------------------------------------------------------------------------------------------------
@@ -442,6 +485,11 @@ LEASE_WORK = Endpoint("POST", "/v1/work", LeaseWork, Work, "Lease queued runs.")
 HEARTBEAT = Endpoint("POST", "/v1/runs/{run_id}/heartbeat", Heartbeat, Orders, "Keep a lease.")
 END_LEASE = Endpoint("POST", "/v1/runs/{run_id}/end", EndLease, Run, "End a lease.")
 SET_RESULT = Endpoint("POST", "/v1/runs/{run_id}/result", SetResult, Nothing, "Record the run's result.")
+CHANGE_METADATA = Endpoint(
+    "POST", "/v1/runs/{run_id}/metadata", ChangeMetadata, Metadata, "Change the run's metadata."
+)
+ADD_LOG = Endpoint("POST", "/v1/runs/{run_id}/logged", AddLog, Nothing, "Add a line to the run's own log.")
+SET_PROGRESS = Endpoint("POST", "/v1/runs/{run_id}/progress", SetProgress, Nothing, "Say how far a step is.")
 BEGIN_STEP = Endpoint("POST", "/v1/runs/{run_id}/begin", BeginStep, Begun, "Record a decision about a step.")
 COMMIT_STEP = Endpoint("POST", "/v1/runs/{run_id}/commit", CommitStep, Committed, "Commit a checkpoint.")
 FAIL_STEP = Endpoint("POST", "/v1/runs/{run_id}/fail", FailStep, Nothing, "Record that an attempt failed.")

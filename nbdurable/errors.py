@@ -18,7 +18,7 @@
     └── CoordinatorError        the coordinator is out of reach (exit status 5)
         ├── CoordinatorUnreachable · WrongVersion · Unauthorized
 
-Control signals are no errors and derive from BaseException: `Suspended`.
+Control signals are no errors and derive from BaseException (`ControlSignal`): `Suspended`, `RestSkipped`.
 
 An error's class docstring is its title. `slug` survives HTTP: `to_wire` and `from_wire` are inverse.
 """
@@ -179,8 +179,8 @@ class Unauthorized(CoordinatorError):
     http_status = 401
 
 
-class Suspended(BaseException):
-    """Control signal: the run waits, and the headless kernel is given back.
+class ControlSignal(BaseException):
+    """Ends a cell without being an error; shown as its one sentence.
 
     Derives from BaseException so that `except Exception` in a cell does not swallow it.
     """
@@ -191,6 +191,14 @@ class Suspended(BaseException):
 
     def _render_traceback_(self) -> list[str]:
         return [self.sentence]
+
+
+class Suspended(ControlSignal):
+    """Control signal: the run waits, and the headless kernel is given back."""
+
+
+class RestSkipped(ControlSignal):
+    """Control signal: the notebook ends here, early and clean."""
 
 
 def _tree(kind: type[DurableError]) -> dict[str, type[DurableError]]:

@@ -154,6 +154,15 @@ class Wait(Shape):
     answer: WaitAnswer | None = None
 
 
+class Progress(Shape):
+    """How far a step says that it is."""
+
+    step: str | None = None
+    done: float
+    total: float | None = None
+    text: str = ""
+
+
 class Run(Shape):
     """One execution of a notebook: the row that lists show."""
 
@@ -175,6 +184,8 @@ class Run(Shape):
     driver: Driver | None = None
     cancel_requested: bool = False
     result: JSON = None
+    metadata: dict[str, Any] = Field(default_factory=dict)  # what its code says about it, while it runs
+    progress: Progress | None = None  # kept in memory: what was said last
     error: ErrorInfo | None = None
     steps_total: int | None = None  # step cells in the snapshot, where known
     created_at: float

@@ -133,6 +133,7 @@ class Manifest(Shape):
     outputs: Blob | None = None  # JSON list of nbformat outputs
     resume_at: int | None = None  # top-level statement at which a waiting cell goes on
     wait_keys: tuple[str, ...] = ()
+    skips_rest: str | None = None  # why the notebook ends behind this step
 
     def files(self) -> set[str]:
         """Return the digests of all files that this checkpoint needs."""

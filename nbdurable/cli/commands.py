@@ -305,9 +305,22 @@ def diff(
 def logs(
     run: RunId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+    events: Annotated[
+        bool, typer.Option("--events", help="The run's history instead: what happened, when, and why.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --events: one JSON object per line on stdout.")
+    ] = False,
 ) -> None:
-    """Print what a headless run's process printed."""
+    """Print what a headless run's process printed, or the history of any run."""
     client = connect()
+    if as_json and not events:
+        raise UsageError("what a process printed is text", todo="`--events --json` prints the run's history")
+    if events:
+        from nbdurable.cli.tables import print_history
+
+        print_history(client, run, follow=follow, as_json=as_json)
+        return
     found = client.call(GET_RUN, ByRun(run_id=run))
     offset = seq = 0
     while True:

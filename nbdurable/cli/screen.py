@@ -33,6 +33,7 @@ STYLES = {
     "queued": "dim",
     "replay": "dim",
 }
+LEVELS = {"debug": "dim", "info": "blue", "warning": "yellow", "error": "red"}
 _KEPT = "\n\t\u200c\u200d"  # joiners carry meaning in several scripts
 _WIDE = 10_000  # columns where nobody looks through a window: lines are never cut or folded
 

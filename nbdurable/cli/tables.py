@@ -1,4 +1,4 @@
-"""Runs, a run and waits as tables for people."""
+"""Runs, a run, its history and waits as tables for people."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from nbdurable.cli.follow import took
 from nbdurable.cli.project import approval_page, hint, near
-from nbdurable.cli.screen import STYLES, Screen, clip, clock
-from nbdurable.models import Run, RunDetail, RunStatus, Variable, Wait, WaitKind, WaitStatus
+from nbdurable.cli.screen import LEVELS, STYLES, Screen, clip, clock
+from nbdurable.client import Client
+from nbdurable.contract import HOLD_S, READ_EVENTS, ReadEvents
+from nbdurable.models import Progress, Run, RunDetail, RunStatus, Variable, Wait, WaitKind, WaitStatus
 from nbdurable.policies import size, span
 from nbdurable.settings import Home
 
@@ -71,6 +73,8 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
         "took": _length(run, time.time()),
         "driver": run.driver and (run.driver.label or f"{run.driver.process.role} {run.driver.process.pid}"),
         "recoveries": str(run.recoveries) if run.recoveries else "",
+        "progress": run.progress and _progress(run.progress),
+        "metadata": run.metadata and json.dumps(run.metadata, ensure_ascii=False),
         "result": "" if run.result is None else json.dumps(run.result, ensure_ascii=False),
     }
     for name, fact in facts.items():
@@ -117,6 +121,38 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
         screen.say()
         screen.say(run.error.traceback.rstrip() or f"{run.error.name}: {run.error.message}")
         screen.say("  → go on from the last committed step: ", (hint(home)(f"resume {run.short}"), "bold"))
+
+
+def _progress(said: Progress) -> str:
+    total = "" if said.total is None else f" of {said.total:g}"
+    return " ".join(filter(None, (said.step, f"{said.done:g}{total}", said.text)))
+
+
+def print_history(client: Client, run: str, *, follow: bool, as_json: bool) -> None:
+    """Print what happened in a run, a line per event; followed, until the run has ended."""
+    screen = Screen()
+    after = 0
+    while True:
+        question = ReadEvents(run_id=run, after=after, hold_s=HOLD_S if follow else 0.0)
+        answer = client.call(READ_EVENTS, question)
+        for event in answer.events:
+            if as_json:
+                print(event.model_dump_json(), flush=True)
+            else:
+                fields = event.data.get("fields") or {}
+                told = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
+                level = event.data.get("level", "")
+                screen.say(
+                    (f"{clock(event.at)}  ", "dim"),
+                    (f"{level:<8}" if level else "", LEVELS.get(level, "")),
+                    f"{event.step}: " if level and event.step else "",
+                    event.sentence,
+                    ("  " + " ".join(told) if fields else "", "dim"),
+                )
+        if answer.events:
+            after = answer.events[-1].seq
+        elif answer.run.status.is_final or not follow:
+            return
 
 
 def _kind(found: Variable) -> str:

@@ -48,7 +48,6 @@ class Driving:
             contract.LEASE_WORK: self.lease_work,
             contract.HEARTBEAT: self.heartbeat,
             contract.END_LEASE: self.end_lease,
-            contract.SET_RESULT: self.set_result,
         }
 
     async def lease_run(self, wanted: contract.LeaseRun) -> Run:
@@ -193,14 +192,6 @@ class Driving:
         """End what a driver left behind, so that nothing of it works on when the next one begins."""
         for process in live.lease.processes if live.lease is not None else ():
             await asyncio.to_thread(processes.end_tree, process, _END_GRACE_S)
-
-    async def set_result(self, wanted: contract.SetResult) -> contract.Nothing:
-        async with self._core.driven(wanted.run_id, wanted.epoch) as live:
-            run = live.run.model_copy(update={"result": wanted.result, "updated_at": self._core.clock.now()})
-            await self._core.commit(
-                live, [self._core.event(run, Kind.RESULT_SET, "its result was set")], run=run
-            )
-        return contract.Nothing()
 
     async def look_after(self, run_id: str, lease: Lease, epoch: int, elapsed: float) -> None:
         """Recover a run whose driver is dead, and end one that was cancelled and goes on for too long."""

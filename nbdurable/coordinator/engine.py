@@ -15,6 +15,7 @@ from nbdurable.contract import Endpoint
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.driving import Driving
 from nbdurable.coordinator.runs import Runs
+from nbdurable.coordinator.sayings import Sayings
 from nbdurable.coordinator.space import Space
 from nbdurable.coordinator.state import Clock
 from nbdurable.coordinator.steps import Steps
@@ -56,6 +57,7 @@ class Engine:
             contract.SQL: self._sql,
             **Runs(self._core).handlers(),
             **self._driving.handlers(),
+            **Sayings(self._core).handlers(),
             **Steps(self._core).handlers(),
             **self._waits.handlers(),
             **Space(self._core).handlers(),

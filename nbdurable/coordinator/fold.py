@@ -33,6 +33,8 @@ class Kind(StrEnum):
     RUN_CLOSED = "run_closed"
     RUN_DELAYED = "run_delayed"
     RESULT_SET = "result_set"
+    METADATA_CHANGED = "metadata_changed"
+    LOGGED = "logged"
     STEP_STARTED = "step_started"
     STEP_RESTORED = "step_restored"
     STEP_COMPLETED = "step_completed"

@@ -73,5 +73,6 @@ class Live:
     lease: Lease | None = None
     fold: Fold | None = None  # kept while it is driven
     waits: dict[str, Wait] | None = None  # by key, read from the store when first asked for
+    nonces: set[str] | None = None  # of what its code said about it, read from history when first asked for
     changed: Signal = field(default_factory=Signal)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

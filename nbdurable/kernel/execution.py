@@ -23,7 +23,7 @@ from nbdurable.checkpoint.packages import versions
 from nbdurable.checkpoint.plan import Verdict, digest
 from nbdurable.checkpoint.recipes import misnamed
 from nbdurable.checkpoint.save import save
-from nbdurable.errors import StepUsageError, Suspended
+from nbdurable.errors import ControlSignal, RestSkipped, StepUsageError
 from nbdurable.kernel import display
 from nbdurable.kernel.outputs import Output, Recorder, recording
 from nbdurable.kernel.session import Session
@@ -74,7 +74,7 @@ class Execution:
         self.body, self.names, self.mentioned = body, names, mentioned
         self.recorder = Recorder()
         self.again: str | None = None  # why it runs in every attempt, and keeps nothing
-        self.suspended: Suspended | None = None
+        self.signal: ControlSignal | None = None  # with which the cell ends
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
         self._mark: tuple[int, Captured] | None = None
@@ -274,6 +274,7 @@ class Execution:
             outputs=put_blob(outputs, session.blobs) if captured.outputs else None,
             resume_at=resume_at,
             wait_keys=wait_keys,
+            skips_rest=self.signal.sentence if isinstance(self.signal, RestSkipped) else None,
         )
         session.blobs.renew(manifest.files())
         session.blobs.sync()

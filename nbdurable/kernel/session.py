@@ -72,6 +72,7 @@ class Session:
         self.made: list[
             Recipe
         ] = []  # in the plain cell that runs now; what they count by is known at its end
+        self.progress_said = 0.0  # when, by `time.monotonic`
         self._manifests: dict[int, Manifest] = {}
         self._stop = threading.Event()
         if run_id is not None:

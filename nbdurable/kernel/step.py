@@ -36,7 +36,7 @@ from nbdurable.checkpoint.plan import Verdict, decide, digest
 from nbdurable.checkpoint.restore import restore
 from nbdurable.checkpoint.sources import code_digest
 from nbdurable.checkpoint.watched import missing
-from nbdurable.errors import DurableError, NotRestorable, StepUsageError, Suspended
+from nbdurable.errors import DurableError, NotRestorable, RestSkipped, StepUsageError, Suspended
 from nbdurable.kernel import display
 from nbdurable.kernel.execution import Execution, note_origins
 from nbdurable.kernel.foresight import read_cells
@@ -136,10 +136,10 @@ class Steps:
         error = None if result is None else result.error_before_exec or result.error_in_exec
         if result is None:
             error = KeyboardInterrupt("interrupted")
-        if error is None and execution.suspended is not None:
-            error = execution.suspended  # a bare `except:` in the cell has swallowed it
+        if error is None and execution.signal is not None:
+            error = execution.signal  # a bare `except:` in the cell has swallowed it
             self._turn_into_error(result, error)
-        if error is not None:
+        if error is not None and not isinstance(error, RestSkipped):
             self._failed(execution, error)
             return
         try:
@@ -183,6 +183,8 @@ class Steps:
             display.say(self.shell, "\n  ".join([line, *self._notices(manifest)]))
         elif noticed := self._notices(manifest):
             display.say(self.shell, "\n".join(noticed))
+        if manifest.skips_rest is not None:
+            raise RestSkipped(manifest.skips_rest)
 
     def go_on(self) -> None:
         """Put back what a waiting step had done before its gate; the statements from the gate on follow."""

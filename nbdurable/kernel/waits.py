@@ -171,7 +171,7 @@ class _Gate:
         if self.session.headless:
             signal = Suspended(f"⏸ {self.execution.name if self.execution else 'this cell'} {sentence}")
             if self.execution is not None:
-                self.execution.suspended = signal
+                self.execution.signal = signal
             raise signal
 
     def decision(self, wait: Wait, value: Any) -> Decision:

@@ -31,7 +31,10 @@ from nbdurable.runner.notebooks import is_executed, step_name
 
 EXTENSION = "nbdurable.kernel.extension"
 _DIE_WITH_US = "__import__('ctypes').CDLL(None).prctl(1, 9, 0, 0, 0)"  # PR_SET_PDEATHSIG, SIGKILL
-SUSPENDED = "Suspended"  # the name of the control signal `errors.Suspended`, as an execute reply carries it
+SUSPENDED, SKIPPED = (
+    "Suspended",
+    "RestSkipped",
+)  # control signals of `errors.py`, as an execute reply names them
 AUTOSAVE_S = 5.0
 _CLEAN_EXITS = ("", "0", "None")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -45,10 +48,11 @@ class KernelNotReady(DeadKernelError):  # type: ignore[misc]
 class Outcome:
     """How the execution of a notebook ended while its kernel lived.
 
-    `complete`: every cell was executed, or one ended the notebook with `sys.exit()`. `stop`: asked for.
+    `complete`: every cell was executed, or one ended the notebook with `sys.exit()`. `skip`: a cell skipped the
+    rest. `stop`: asked for.
     """
 
-    how: Literal["complete", "suspend", "fail", "stop"]
+    how: Literal["complete", "skip", "suspend", "fail", "stop"]
     sentence: str
     error: ErrorInfo | None = None
 
@@ -181,10 +185,12 @@ class Record(NotebookExecutionManager):  # type: ignore[misc]
     def cell_waiting(self, cell: Any) -> None:
         """Take note that a cell waits: neither completed nor failed."""
         cell.metadata.papermill["status"] = self.PENDING
+        self.cell_signalled(cell)
+
+    def cell_signalled(self, cell: Any) -> None:
+        """Show the control signal that ended a cell as its sentence: a red error would be another lie."""
         for output in cell.outputs:
-            if (
-                output.output_type == "error" and output.ename == SUSPENDED
-            ):  # a red error would be another lie
+            if output.output_type == "error" and output.ename in (SUSPENDED, SKIPPED):
                 text = "".join(_ANSI.sub("", line) + "\n" for line in output.traceback)
                 output.clear()
                 output.update(output_type="stream", name="stdout", text=text)
@@ -353,6 +359,8 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
         message = _ANSI.sub("", str(self._reply.get("evalue", "")))
         if name == SUSPENDED:
             return Outcome("suspend", message or "the run waits")
+        if name == SKIPPED:
+            return Outcome("skip", f"{_title(cell)} {message}")
         if any(item.get("source") == "ask_exit" for item in self._reply.get("payload", ())):
             return Outcome("complete", f"exit() ended it in {_title(cell)}")
         if name is None or "raises-exception" in cell.metadata.get("tags", []):
@@ -368,6 +376,8 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
         if outcome is not None and outcome.how == "suspend":
             self.nb_man.cell_waiting(cell)
             return "⏸"
+        if outcome is not None and outcome.how == "skip":
+            self.nb_man.cell_signalled(cell)
         failed = outcome is not None and outcome.how == "fail"
         if failed:
             self.nb_man.cell_exception(cell, cell_index=index)

@@ -201,6 +201,8 @@ class Executor:
             return self._word("release", outcome.sentence)
         if outcome.how == "fail":
             return self._word("fail", outcome.sentence, outcome.error)
+        if outcome.how == "skip":
+            return self._word("complete", outcome.sentence)
         steps = self._steps()
         done = {step.name for step in steps if step.status in (StepStatus.COMPLETED, StepStatus.REPLAY)}
         cells = {cell.id for cell in nb.cells}

@@ -354,3 +354,24 @@ def test_the_demo_kills_recovers_and_publishes(own_project: Project) -> None:
         output for cell in cells for output in cell.get("outputs", ()) if output["output_type"] == "error"
     ]
     assert not (own_project.home / "coordinator.json").exists()
+
+
+def test_history_shows_what_a_run_said(project: Project) -> None:
+    """Guarantee 10: each saying is a line of history, and `logs --events` prints it."""
+    says = (
+        "%%step count\nrun = durable.current_run()\nrun.metadata.increment('pages', 3)\n"
+        "run.log('counted', level='warning', pages=3)"
+    )
+    project.notebook("says.ipynb", says)
+    run = project.json("run", "says.ipynb")
+    assert run["metadata"] == {"pages": 3}
+    lines = project.run("logs", run["id"], "--events", "--json").stdout.splitlines()
+    said = [event for event in map(json.loads, lines) if event["kind"] == "logged"]
+    assert [(e["sentence"], e["step"], e["data"]["level"], e["data"]["fields"]) for e in said] == [
+        ("counted", "count", "warning", {"pages": 3})
+    ]
+    told = project.run("logs", run["id"], "--events").stdout
+    assert "warning count: counted  pages=3" in told
+    assert "metadata: increment pages" in told
+    refused = project.run("logs", run["id"], "--json")
+    assert (refused.returncode, refused.stdout) == (2, "")

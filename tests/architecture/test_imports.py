@@ -139,6 +139,7 @@ def test_public_names() -> None:
         "load",
         "recipe",
         "result",
+        "skip_rest",
         "sleep",
         "sleep_async",
     ]
