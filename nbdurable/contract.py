@@ -509,3 +509,8 @@ SQL = Endpoint("POST", "/v1/sql", Query, Table, "Query the store, read only.")
 ENDPOINTS: tuple[Endpoint[Any, Any], ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Endpoint)
 )
+
+LOOKING: frozenset[Endpoint[Any, Any]] = frozenset(
+    one for one in ENDPOINTS if one.method == "GET" or one in (SQL, SHUTDOWN)
+)
+"""What changes nothing of runs, waits and checkpoints: all that an untrusted store answers."""

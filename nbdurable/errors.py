@@ -11,6 +11,7 @@
     │   ├── AlreadyAnswered     the wait has its one answer
     │   ├── LeaseHeld           another driver has the run
     │   └── Fenced              this driver's lease has passed on
+    ├── Untrusted               a store of somebody else's: looked at only, until `nbdurable trust`
     ├── StoreError              the store can't be opened or written
     │   ├── StoreTooNew · StoreDamaged · StoreLocked · StoreFull
     ├── CheckpointError         a checkpoint that can't be written or restored
@@ -109,6 +110,12 @@ class LeaseHeld(Conflict):
 
 class Fenced(Conflict):
     """This driver's lease has passed on"""
+
+
+class Untrusted(DurableError):
+    """This store is not trusted"""
+
+    http_status = 403
 
 
 class StoreError(DurableError):

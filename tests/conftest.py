@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +16,15 @@ from tests.tools.processes import Coordinator, end_processes_of
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the harnesses in their full length")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep which stores are trusted in a folder of this session's, not among the developer's own files."""
+    os.environ["NBDURABLE_CONFIG"] = tempfile.mkdtemp(prefix="nbdurable-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ.pop("NBDURABLE_CONFIG"), ignore_errors=True)
 
 
 @pytest.fixture

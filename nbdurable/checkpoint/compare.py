@@ -75,8 +75,13 @@ class Side:
         return found if self.step is None else {self.step: found[self.step]}
 
 
-def compare(before: Side, after: Side, namespace: dict[str, Any], blobs: BlobStore) -> RunDifference:
-    """Return what differs between two sides; `namespace`: where classes that values need are looked up."""
+def compare(
+    before: Side, after: Side, namespace: dict[str, Any], blobs: BlobStore, unread: str = ""
+) -> RunDifference:
+    """Return what differs between two sides; `namespace`: where classes that values need are looked up.
+
+    `unread`: why values may not be loaded; empty: they may.
+    """
     result = (
         {}
         if before.run.result == after.run.result
@@ -88,7 +93,7 @@ def compare(before: Side, after: Side, namespace: dict[str, Any], blobs: BlobSto
         parameters=_parameters(before.run.parameters, after.run.parameters),
         result=result if before.step is None and after.step is None else {},
         steps=tuple(_steps(before, after, blobs)),
-        variables=tuple(_variables(before.state, after.state, namespace, blobs)),
+        variables=tuple(_variables(before.state, after.state, namespace, blobs, unread)),
     )
 
 
@@ -151,7 +156,7 @@ def _text(manifest: Manifest, blobs: BlobStore) -> str:
 
 
 def _variables(
-    before: State, after: State, namespace: dict[str, Any], blobs: BlobStore
+    before: State, after: State, namespace: dict[str, Any], blobs: BlobStore, unread: str
 ) -> Iterable[VariableDifference]:
     for name in {**before.variables, **after.variables}:
         old, new = before.variables.get(name), after.variables.get(name)
@@ -176,6 +181,8 @@ def _variables(
             why = "its code stands in the cell"
         elif max(old.variable.bytes, new.variable.bytes) > VALUE_BYTES:
             why = "too large to be compared value by value"
+        elif unread:
+            why = unread
         else:
             try:
                 found = diff.compare(

@@ -242,7 +242,7 @@ def list_runs(
         tag=tag,
         limit=limit,
     )
-    runs = connect().call(LIST_RUNS, wanted).runs if find_home().root.exists() else ()
+    runs = connect(look=True).call(LIST_RUNS, wanted).runs if find_home().root.exists() else ()
     screen = Screen(json=as_json)
     if as_json:
         screen.data(runs)
@@ -255,7 +255,7 @@ def show(run: RunId, as_json: Json = False) -> None:
     """Show a run: steps, reasons, attempts, variables, waits, errors."""
     from nbdurable.cli.tables import print_run
 
-    client = connect()
+    client = connect(look=True)
     detail = with_output(client.home, client.call(GET_RUN, ByRun(run_id=run)))
     screen = Screen(json=as_json)
     if as_json:
@@ -285,14 +285,15 @@ def diff(
 ) -> None:
     """Compare two runs or steps: code, parameters, variables, outputs.
 
-    Values that differ are loaded from their signed checkpoints, in this process.
+    Values that differ are loaded from their signed checkpoints, in this process; not from a store that is not trusted.
     """
     from nbdurable.checkpoint.compare import lines
     from nbdurable.kernel.travel import difference
-    from nbdurable.security import load_key
+    from nbdurable.security import read_key, standing
 
-    client = connect()
-    found = difference(client, load_key(client.home), before, after, {"__name__": "__main__"})
+    client = connect(look=True)
+    unread = "its value is not loaded: the store is not trusted" if standing(client.home) else ""
+    found = difference(client, read_key(client.home), before, after, {"__name__": "__main__"}, unread=unread)
     screen = Screen(json=as_json)
     if as_json:
         screen.data(found)
@@ -313,7 +314,7 @@ def logs(
     ] = False,
 ) -> None:
     """Print what a headless run's process printed, or the history of any run."""
-    client = connect()
+    client = connect(look=True)
     if as_json and not events:
         raise UsageError("what a process printed is text", todo="`--events --json` prints the run's history")
     if events:
@@ -379,7 +380,7 @@ def waits(
     from nbdurable.cli.tables import print_waits
 
     wanted = ListWaits(status=None if everything else WaitStatus.OPEN)
-    found = connect().call(LIST_WAITS, wanted).waits if find_home().root.exists() else ()
+    found = connect(look=True).call(LIST_WAITS, wanted).waits if find_home().root.exists() else ()
     screen = Screen(json=as_json)
     if as_json:
         screen.data(found)
@@ -459,7 +460,7 @@ def stats(
     """Say what takes how much space: runs, steps, variables."""
     from nbdurable.cli.space import print_space
 
-    print_space(connect(), run, Screen(json=as_json))
+    print_space(connect(look=True), run, Screen(json=as_json))
 
 
 @app.command(epilog="Example: nbdurable gc --keep-last 10 --keep-for 30d --keep-tagged --dry-run")
@@ -497,7 +498,7 @@ def sql(
     as_json: Json = False,
 ) -> None:
     """Query the store, read only."""
-    table = connect().call(SQL, Query(sql=query, limit=limit))
+    table = connect(look=True).call(SQL, Query(sql=query, limit=limit))
     screen = Screen(json=as_json)
     if as_json:
         screen.data([dict(zip(table.columns, row, strict=True)) for row in table.rows])
@@ -540,6 +541,35 @@ def worker() -> None:
     from nbdurable.cli.service import run_worker
 
     raise typer.Exit(run_worker(find_home()))
+
+
+@app.command(epilog="Example: nbdurable trust ~/Downloads/study")
+def trust(
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PATH", help="A project or its .nbdurable (default: this one); with --rm also a key."
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    ls: Annotated[bool, typer.Option("--ls", help="List the stores that you trust.")] = False,
+    rm: Annotated[bool, typer.Option("--rm", help="Trust it no more.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a store is, and trust it once you agree.
+
+    A store that somebody else made is only looked at before: its checkpoints and queued runs can run code.
+    With --json nothing is trusted without --yes.
+    """
+    from nbdurable.cli import trusting
+
+    screen = Screen(json=as_json)
+    if ls:
+        trusting.print_trusted(screen)
+    elif rm:
+        trusting.distrust(path, screen)
+    else:
+        trusting.trust(trusting.home_at(path), screen, yes=yes)
 
 
 @app.command(epilog="Example: nbdurable doctor")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nbdurable import __version__, processes
+from nbdurable import __version__, processes, security, trust
 from nbdurable.cli.service import health
 from nbdurable.errors import DurableError
 from nbdurable.policies import size, span
@@ -109,6 +109,22 @@ def _secrets(name: str, home: Home) -> Iterator[Check]:
             yield _private(name, path, 0o600)
 
 
+def _trust(name: str, home: Home) -> Iterator[Check]:
+    refusal = security.standing(home)
+    if refusal is not None:
+        yield Check(name, False, refusal.message, refusal.todo)
+    elif not home.key.exists():
+        yield Check(name, True, "the store is trusted from its first run on")
+    else:
+        key = security.fingerprint(security.read_key(home))
+        how = " by NBDURABLE_TRUST" if trust.by_environment(key) else ""
+        yield Check(name, True, f"the store is trusted{how}, key {key}")
+    lasting, *others = trust.folders()
+    if others and not os.access(next(path for path in (lasting, *lasting.parents) if path.exists()), os.W_OK):
+        said = f"{lasting} can't be written: {others[0]} is used, which may be cleaned"
+        yield Check(name, False, said, "set NBDURABLE_CONFIG to a folder that you can write and that lasts")
+
+
 def _settings(name: str, home: Home) -> Iterator[Check]:
     settings = Settings.load(home)
     changed = settings.model_dump(exclude_defaults=True)
@@ -189,6 +205,7 @@ CHECKS: dict[str, Callable[[str, Home], Iterator[Check]]] = {
     "packages": _packages,
     "home": _home,
     "secrets": _secrets,
+    "trust": _trust,
     "settings": _settings,
     "disk": _disk,
     "coordinator": _coordinator,

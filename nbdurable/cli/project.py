@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdurable import processes
+from nbdurable.cli.screen import warn
 from nbdurable.errors import NotFound
 from nbdurable.models import DriverKind, RunDetail, Wait
 from nbdurable.settings import Home, find_home
@@ -31,12 +32,14 @@ def choose_home(folder: Path | None) -> None:
         os.environ["NBDURABLE_HOME"] = str(folder.expanduser().resolve())
 
 
-def connect(start: Path | None = None, *, existing: bool = True) -> Client:
+def connect(start: Path | None = None, *, existing: bool = True, look: bool = False) -> Client:
     """Return a client of the project at `start`; the coordinator is started by the first call that needs it.
 
-    Raises NotFound, if `existing` is asked for, where the project has no state yet.
+    `look`: the command changes nothing, so that it may be asked of a store that is not trusted; people are told.
+    Raises NotFound, if `existing` is asked for, where the project has no state yet, and Untrusted.
     """
     from nbdurable.client import Client
+    from nbdurable.security import standing
 
     home = find_home(start)
     if existing and not home.root.exists():
@@ -46,6 +49,11 @@ def connect(start: Path | None = None, *, existing: bool = True) -> Client:
         )
     if not home.root.is_dir() and home.root.exists():
         home.create()  # says what is wrong with it
+    if (refusal := standing(home)) is not None:
+        if not look:
+            raise refusal
+        warn(("note: ", "yellow"), refusal.message)
+        warn("  → ", hint(home)("trust"))
     return Client(home)
 
 

@@ -26,8 +26,8 @@ from nbdurable.coordinator.app import create_app
 from nbdurable.coordinator.engine import Engine
 from nbdurable.coordinator.state import SystemClock
 from nbdurable.coordinator.workers import WorkerPool, start_worker
-from nbdurable.errors import StoreError, StoreLocked, UsageError
-from nbdurable.security import load_token
+from nbdurable.errors import StoreError, StoreLocked, Untrusted, UsageError
+from nbdurable.security import load_key, load_token, standing
 from nbdurable.settings import Home, Settings
 from nbdurable.store.duckdb_store import DuckDBStore
 from nbdurable.store.port import Store
@@ -43,10 +43,13 @@ _log = logging.getLogger("nbdurable.coordinator")
 def serve(home: Home, *, stay: bool = False) -> None:
     """Own the project's store and serve its API until idle (unless `stay`), asked to end, or signalled.
 
-    Raises StoreLocked where another coordinator keeps the store, and what opening the store raises.
+    A store that is not trusted is only looked at. Raises StoreLocked where another coordinator keeps the store, and
+    what opening the store raises.
     """
     home.create()
     settings = Settings.load(home)
+    with contextlib.suppress(Untrusted):
+        load_key(home)  # comes before the store: see `security`
     token = load_token(home)
     store = _open_store(home)
     try:
@@ -79,7 +82,15 @@ def _run(
     workers = WorkerPool(home, clock, start_worker if settings.worker_slots > 0 else None)
 
     async def main() -> None:
-        engine = Engine(store, home, settings, clock=clock, workers=workers, on_shutdown=lambda: server.end())
+        engine = Engine(
+            store,
+            home,
+            settings,
+            clock=clock,
+            workers=workers,
+            on_shutdown=lambda: server.end(),
+            standing=lambda: standing(home),
+        )
         config = uvicorn.Config(
             create_app(engine.handlers, token),
             lifespan="off",

@@ -21,6 +21,7 @@ from nbdurable.coordinator.state import Clock
 from nbdurable.coordinator.steps import Steps
 from nbdurable.coordinator.waits import Waits
 from nbdurable.coordinator.workers import WorkerPool
+from nbdurable.errors import DurableError
 from nbdurable.models import RunStatus, Shape
 from nbdurable.settings import Home, Settings
 from nbdurable.store.port import Store
@@ -33,7 +34,8 @@ class Engine:
     """Answers each question of the contract (`answer`), and acts when time passes (`tick`).
 
     `clock`: injected in tests. `workers`: None where runs are only taken by workers from elsewhere.
-    `on_shutdown`: called when a client asks the coordinator to end.
+    `on_shutdown`: called when a client asks the coordinator to end. `standing`: says why the store is not trusted, as
+    long as it isn't; until then questions that only look are answered, and nothing is handed out, timed or ended.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Engine:
         clock: Clock | None = None,
         workers: WorkerPool | None = None,
         on_shutdown: Callable[[], None] = lambda: None,
+        standing: Callable[[], DurableError | None] = lambda: None,
     ) -> None:
         self._core = Core(store, home, settings, clock=clock, workers=workers)
         self._on_shutdown = on_shutdown
@@ -62,6 +65,29 @@ class Engine:
             **self._waits.handlers(),
             **Space(self._core).handlers(),
         }
+        self._standing = standing
+        self._trusted = standing() is None
+        if not self._trusted:
+            self.handlers = {
+                endpoint: handler if endpoint in contract.LOOKING else self._guarded(handler)
+                for endpoint, handler in self.handlers.items()
+            }
+
+    def _guarded(self, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        async def answer(question: Any) -> Any:
+            if (refusal := self._refusal()) is not None:
+                raise refusal
+            return await handler(question)
+
+        return answer
+
+    def _refusal(self) -> DurableError | None:
+        """Return why nothing may be changed; a store that was trusted meanwhile is from now on."""
+        if self._trusted:
+            return None
+        refusal = self._standing()
+        self._trusted = refusal is None
+        return refusal
 
     async def answer(self, endpoint: Endpoint[Question, Answer], question: Question) -> Answer:
         """Answer a question; raises what the client is to see."""
@@ -88,6 +114,8 @@ class Engine:
 
     async def tick(self) -> None:
         """Act on what time brings: timers that are over, drivers that died, cancelled runs that go on."""
+        if self._refusal() is not None:
+            return
         now, elapsed = self._core.clock.now(), self._core.clock.elapsed()
         for wait_id in [wait_id for wait_id, due_at in self._core.timers.items() if due_at <= now]:
             await self._waits.time_over(wait_id)
@@ -101,13 +129,16 @@ class Engine:
     @property
     def due_in_s(self) -> float | None:
         """Return after how many seconds the next timer is over, or None where there is none."""
-        timers = self._core.timers
+        timers = self._core.timers if self._trusted else {}
         return min(timers.values()) - self._core.clock.now() if timers else None
 
     @property
     def is_idle(self) -> bool:
-        """Tell whether nothing is driven, queued or timed, so that the coordinator may end."""
-        return not (
+        """Tell whether nothing is driven, queued or timed, so that the coordinator may end.
+
+        What a store that is not trusted holds does not count: it is left alone.
+        """
+        return not self._trusted or not (
             self._core.queue
             or self._core.timers
             or any(live.run.status is RunStatus.RUNNING for live in self._core.runs.values())

@@ -67,12 +67,15 @@ def load(run: str, step: str, name: str) -> Any:
 
 
 def difference(
-    client: Client, key: bytes, before: str, after: str, namespace: dict[str, Any]
+    client: Client, key: bytes, before: str, after: str, namespace: dict[str, Any], *, unread: str = ""
 ) -> compare.RunDifference:
-    """Return what differs between two runs, or two steps: each a RUN or RUN:STEP, and its variables as of then."""
+    """Return what differs between two runs, or two steps: each a RUN or RUN:STEP, and its variables as of then.
+
+    `unread`: why no value may be loaded; then those that differ are named, and nothing is unpickled.
+    """
 
     def side(word: str) -> compare.Side:
         run, _, step = word.partition(":")
         return compare.Side(*read_state(client, key, run, step or None), step or None)
 
-    return compare.compare(side(before), side(after), namespace, LocalBlobs(client.home.blobs))
+    return compare.compare(side(before), side(after), namespace, LocalBlobs(client.home.blobs), unread)

@@ -22,6 +22,7 @@ from nbdurable.client import Client
 from nbdurable.contract import CREATE_RUN, CreateRun
 from nbdurable.errors import CheckpointError, NotebookError, ParameterError, StepUsageError
 from nbdurable.models import DriverKind, Run
+from nbdurable.security import load_key
 from nbdurable.settings import Home
 from nbdurable.stepline import read_step
 
@@ -71,7 +72,7 @@ def create_headless(
         raise NotebookError(
             f"the working directory {cwd} is no folder", todo="create it, or name another one"
         )
-    client.home.create()
+    load_key(client.home.create())  # refused before anything is written where the store is not trusted
     blobs = LocalBlobs(client.home.blobs)
     digest = blobs.put(prepared.snapshot)
     blobs.sync()

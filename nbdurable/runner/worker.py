@@ -23,6 +23,7 @@ from nbdurable.contract import END_LEASE, GET_RUN, HEALTH, LEASE_WORK, ByRun, En
 from nbdurable.errors import CoordinatorUnreachable, DurableError, Fenced, NotFound
 from nbdurable.models import Driver, DriverKind, Run, RunStatus
 from nbdurable.processes import end_marked, exists, identity
+from nbdurable.security import load_key
 from nbdurable.settings import Home, Settings
 from nbdurable.telemetry import fault_point
 
@@ -229,7 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Lease and execute headless runs until there is nothing to do (or Ctrl-C, SIGTERM)."""
     parser = argparse.ArgumentParser(prog="python -m nbdurable.runner.worker", description=main.__doc__)
     parser.add_argument("--home", type=Path, required=True, help="the project's .nbdurable folder")
-    worker = Worker(Home(parser.parse_args(arguments).home.resolve()))
+    home = Home(parser.parse_args(arguments).home.resolve())
+    load_key(home)  # refuses a store that is not trusted
+    worker = Worker(home)
     signal.signal(signal.SIGTERM, worker.stop)
     signal.signal(signal.SIGINT, worker.stop)
     return worker.work()

@@ -13,7 +13,7 @@ PACKAGE = Path(nbdurable.__file__).parent
 
 WORDS = {"models", "errors", "settings"}
 RULES = {"lifecycle", "policies", "stepline"}
-BASE = WORDS | RULES | {"contract", "security", "telemetry", "processes"}
+BASE = WORDS | RULES | {"contract", "security", "trust", "telemetry", "processes"}
 MAY_IMPORT = {
     "store": BASE | {"store"},
     "checkpoint": BASE | {"checkpoint"},

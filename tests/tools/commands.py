@@ -20,9 +20,13 @@ _LOAD = "%load_ext nbdurable\nimport nbdurable as durable"
 
 @dataclass(frozen=True)
 class Project:
-    """A folder with a project's state, and the commands that are typed in it."""
+    """A folder with a project's state, and the commands that are typed in it.
+
+    `config`: where its user notes which stores are trusted, if not where the whole session of tests does.
+    """
 
     folder: Path
+    config: Path | None = None
 
     @property
     def home(self) -> Path:
@@ -31,8 +35,12 @@ class Project:
     @property
     def environment(self) -> dict[str, str]:
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("NBDURABLE_", "JPY_"))
+            name: value
+            for name, value in os.environ.items()
+            if name == "NBDURABLE_CONFIG" or not name.startswith(("NBDURABLE_", "JPY_"))
         }
+        if self.config is not None:
+            kept["NBDURABLE_CONFIG"] = str(self.config)
         return kept | {"NBDURABLE_HOME": str(self.home)}
 
     @contextmanager

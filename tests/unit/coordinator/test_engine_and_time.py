@@ -16,7 +16,7 @@ from nbdurable import contract, processes
 from nbdurable.coordinator.engine import Engine
 from nbdurable.coordinator.runs import KEY_LIFE_S
 from nbdurable.coordinator.workers import WorkerPool
-from nbdurable.errors import Fenced
+from nbdurable.errors import DurableError, Fenced, Untrusted
 from nbdurable.lifecycle import MAX_RECOVERIES
 from nbdurable.models import (
     Driver,
@@ -57,6 +57,7 @@ class World:
         self.home = home
         self.clock = SetClock()
         self.start: Callable[[Home], subprocess.Popen[bytes]] | None = None
+        self.refusal: DurableError | None = None
 
     def play(self, story: Callable[[Engine], Awaitable[T]]) -> T:
         """Let one coordinator live for as long as the story goes."""
@@ -64,7 +65,14 @@ class World:
         async def main() -> T:
             store = DuckDBStore.open(self.home, clock=self.clock.now)
             workers = WorkerPool(self.home, self.clock, self.start)
-            engine = Engine(store, self.home, SETTINGS, clock=self.clock, workers=workers)
+            engine = Engine(
+                store,
+                self.home,
+                SETTINGS,
+                clock=self.clock,
+                workers=workers,
+                standing=lambda: self.refusal,
+            )
             try:
                 return await story(engine)
             finally:
@@ -476,3 +484,55 @@ def test_one_worker_is_enough(world: World, tmp_path: Path) -> None:
         for child in children:
             child.kill()
             child.wait()
+
+
+def test_a_store_that_is_not_trusted_is_only_looked_at(world: World) -> None:
+    """Guarantee 8: a stranger's queued runs are not handed out, nor his timers fired; once trusted, all goes on."""
+    started: list[Home] = []
+
+    async def made_by_somebody(engine: Engine) -> tuple[Run, Run]:
+        lost = await interactive(engine, driver("interactive", host="elsewhere"))
+        await engine.answer(
+            contract.OPEN_WAIT,
+            contract.OpenWait(
+                run_id=lost.id,
+                epoch=lost.epoch,
+                key="k",
+                step="s",
+                kind=WaitKind.TIMER,
+                title="t",
+                due_in_s=60,
+            ),
+        )
+        return await headless(engine), lost
+
+    def start(home: Home) -> subprocess.Popen[bytes]:
+        started.append(home)
+        raise OSError("no worker is needed here")
+
+    async def looked_at(engine: Engine) -> None:
+        world.clock.at += 3600
+        await engine.tick()
+        assert engine.is_idle, "nothing in it keeps the coordinator"
+        assert engine.due_in_s is None
+        for endpoint in contract.ENDPOINTS:
+            if endpoint not in contract.LOOKING:
+                with pytest.raises(Untrusted):
+                    await engine.answer(endpoint, contract.Nothing())
+        assert await statuses(engine) == [RunStatus.QUEUED, RunStatus.RUNNING]
+        (wait,) = (await engine.answer(contract.LIST_WAITS, contract.ListWaits())).waits
+        assert wait.status is WaitStatus.OPEN
+        assert not started
+        world.refusal = None
+        await engine.tick()
+        assert not engine.is_idle
+        assert started == [world.home]
+        assert not (await engine.answer(contract.LIST_WAITS, contract.ListWaits())).waits
+
+    async def statuses(engine: Engine) -> list[RunStatus]:
+        runs = (await engine.answer(contract.LIST_RUNS, contract.ListRuns())).runs
+        return [run.status for run in runs]
+
+    world.play(made_by_somebody)
+    world.start, world.refusal = start, Untrusted("somebody else made it")
+    world.play(looked_at)
