@@ -18,6 +18,7 @@ _HOMES = {
     "skip_rest": "nbdurable.kernel.context",
     "load": "nbdurable.kernel.travel",
     "recipe": "nbdurable.kernel.recipes",
+    "step": "nbdurable.kernel.calls",
     "Client": "nbdurable.client",
     "DurableError": "nbdurable.errors",
     "load_ipython_extension": "nbdurable.kernel.extension",
@@ -37,11 +38,13 @@ __all__ = [
     "skip_rest",
     "sleep",
     "sleep_async",
+    "step",
 ]
 
 if TYPE_CHECKING:
     from nbdurable.client import Client
     from nbdurable.errors import DurableError
+    from nbdurable.kernel.calls import step
     from nbdurable.kernel.context import current_run, result, skip_rest
     from nbdurable.kernel.recipes import recipe
     from nbdurable.kernel.travel import load

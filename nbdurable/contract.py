@@ -15,6 +15,7 @@ from pydantic import Field
 
 from nbdurable.models import (
     JSON,
+    Call,
     Checkpoint,
     Driver,
     DriverKind,
@@ -259,11 +260,13 @@ class BeginStep(Shape):
     action: Literal["execute", "continue", "restore"]
     reason: str
     cell_id: str | None = None
+    fresh: bool = False  # calls that earlier attempts recorded are not used any more
 
 
 class Begun(Shape):
     attempt: int
     seq: int
+    calls: int = 0  # recorded ones that may be used again
 
 
 class CommitStep(Shape):
@@ -282,6 +285,8 @@ class CommitStep(Shape):
     variables: tuple[Variable, ...] = ()
     sentence: str = ""  # e.g. "8.4 s · analysis str 3 kB"
     line: int | None = None
+    calls: int = 0  # of this attempt, recorded ones
+    replayed: tuple[int, ...] = ()  # numbers of the calls that it did not run
 
 
 class Committed(Shape):
@@ -294,6 +299,56 @@ class FailStep(Shape):
     step: str
     attempt: int
     error: ErrorInfo
+    replayed: tuple[int, ...] = ()
+
+
+class NewCall(Shape):
+    """A call that has returned; the fields are those of `models.Call`."""
+
+    key: str
+    name: str
+    given: str = ""
+    type: str = ""
+    bytes: int = 0
+    duration_s: float
+    reason: str = ""
+    manifest: SignedManifest
+
+
+class CommitCalls(Shape):
+    """Commit calls of a running step: answered when they are on disk.
+
+    A manifest sent again after a lost answer gets the first answer.
+    """
+
+    run_id: str
+    epoch: int
+    step: str
+    attempt: int
+    calls: tuple[NewCall, ...]
+
+
+class CallsCommitted(Shape):
+    seqs: tuple[int, ...]
+
+
+class ReadCalls(Shape):
+    """Ask for the recorded calls of a run, or of one of its steps, in order of commitment."""
+
+    run_id: str
+    step: str | None = None
+    results: bool = False  # with the manifests
+
+
+class RecordedCall(Shape):
+    call: Call
+    manifest: SignedManifest | None = None
+
+
+class Calls(Shape):
+    """Recorded calls that may be used again: not those before a step was asked to run afresh."""
+
+    calls: tuple[RecordedCall, ...]
 
 
 class Checkpoints(Shape):
@@ -493,6 +548,10 @@ SET_PROGRESS = Endpoint("POST", "/v1/runs/{run_id}/progress", SetProgress, Nothi
 BEGIN_STEP = Endpoint("POST", "/v1/runs/{run_id}/begin", BeginStep, Begun, "Record a decision about a step.")
 COMMIT_STEP = Endpoint("POST", "/v1/runs/{run_id}/commit", CommitStep, Committed, "Commit a checkpoint.")
 FAIL_STEP = Endpoint("POST", "/v1/runs/{run_id}/fail", FailStep, Nothing, "Record that an attempt failed.")
+COMMIT_CALLS = Endpoint(
+    "POST", "/v1/runs/{run_id}/calls", CommitCalls, CallsCommitted, "Commit calls of a running step."
+)
+READ_CALLS = Endpoint("GET", "/v1/runs/{run_id}/calls", ReadCalls, Calls, "Read a run's recorded calls.")
 CHECKPOINTS = Endpoint(
     "GET", "/v1/runs/{run_id}/checkpoints", ByRun, Checkpoints, "Read a run's checkpoints."
 )

@@ -117,7 +117,7 @@ class Step(Shape):
     restores: int = 0  # times a checkpoint was put back instead
     attempts: tuple[Attempt, ...] = ()
     variables: tuple[Variable, ...] = ()
-    calls: int = 0
+    calls: int = 0  # recorded ones of its newest attempt
     cell_id: str | None = None
     checkpoint_seq: int | None = None  # the event that carries its manifest
     line: int | None = None  # of a waiting step: the line of the gate
@@ -224,6 +224,23 @@ class SignedManifest(Shape):
 
     text: str
     signature: str
+
+
+class Call(Shape):
+    """A recorded call inside a step, as people see it; its result is in blobs."""
+
+    step: str
+    key: str  # names the call within its step
+    name: str  # of the function
+    given: str = ""  # the key that the user gave, or the arguments, as text, bounded
+    type: str = ""  # of the result
+    bytes: int = 0
+    duration_s: float
+    attempt: int  # at the step, in which it ran
+    replayed: bool = False  # the newest attempt took its result, and did not run it
+    reason: str = ""  # why it ran, though an earlier attempt had recorded it
+    at: float
+    seq: int
 
 
 class Checkpoint(Shape):

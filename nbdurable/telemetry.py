@@ -15,6 +15,7 @@ FAULT_POINTS: dict[str, str] = {
     "checkpoint-saved": "all blobs of a checkpoint are on disk, the manifest is not committed",
     "commit-sent": "the kernel sent a commit and has not read the answer",
     "commit-acknowledged": "the kernel knows that its step is committed",
+    "call-committed": "the kernel knows that calls of its step are committed, the step goes on",
     "restore-done": "the kernel put a checkpoint back",
     "wait-opened": "the kernel opened a wait and has not suspended",
     "store-before-commit": "the writer holds a group, the journal does not",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from nbdurable.checkpoint.fingerprint import ATOMS, code_bytes, partial_fingerprint
 from nbdurable.checkpoint.manifest import HelperFact, ModuleFact
 from nbdurable.checkpoint.modules import Modules, owner_of
-from nbdurable.checkpoint.objects import LruCacheWrapper, importable
+from nbdurable.checkpoint.objects import LruCacheWrapper, decorated, importable, undecorated
 from nbdurable.checkpoint.sources import node_digest
 
 SOURCE_BYTES = 20_000  # of a helper's source that are kept
@@ -517,6 +517,20 @@ def uses(
     return search.found
 
 
+def uses_of(
+    function: Any,
+    namespace: Mapping[str, Any],
+    modules: Modules,
+    *,
+    label: Callable[[str], str] = lambda file: "",
+) -> Uses:
+    """Follow what a function or another callable stands on, as `uses` does for the names of a cell."""
+    search = _Search(namespace, modules, label)
+    search.data(undecorated(function), getattr(function, "__name__", ""))
+    search.found.modules = modules.facts(search.foreign)
+    return search.found
+
+
 class _Search:
     def __init__(self, namespace: Mapping[str, Any], modules: Modules, label: Callable[[str], str]) -> None:
         self.found = Uses()
@@ -554,6 +568,10 @@ class _Search:
         if id(value) in self._visited:
             return
         self._visited[id(value)] = value
+        if importable(value) is None and (made := decorated(value)) is not None:
+            for part in made[1]:
+                self.data(part, name)
+            return
         if importable(value) is not None or not self._of_notebook(value):
             self.module(sys.modules.get(getattr(value, "__module__", None) or ""))
         elif isinstance(value, types.FunctionType):
@@ -625,7 +643,8 @@ class _Search:
         own: list[types.FunctionType] = []
         strange: list[types.FunctionType] = []
         for name, value in vars(kind).items():
-            for part in (value, getattr(value, "__func__", None), *_accessors(value)):
+            for held in (value, getattr(value, "__func__", None), *_accessors(value)):
+                part = undecorated(held)
                 if not isinstance(part, types.FunctionType):
                     continue
                 foreign = part.__globals__ is not self._namespace
@@ -826,7 +845,7 @@ def _class_definition(kind: type) -> Found | None:
     """
     path = tuple(_key(kind.__qualname__).split("."))
     members = [
-        part
+        undecorated(part)
         for value in vars(kind).values()
         for part in (value, getattr(value, "__func__", None), *_accessors(value))
     ]

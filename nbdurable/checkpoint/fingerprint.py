@@ -38,6 +38,7 @@ from nbdurable.checkpoint.objects import (
     Problem,
     Unfingerprintable,
     Unsaveable,
+    decorated,
     describe_problem,
     importable,
     live_name,
@@ -447,6 +448,10 @@ class Walk:
         self._emit(b"co", code_bytes(code))
 
     def _function(self, value: types.FunctionType) -> Parts:
+        if (made := decorated(value)) is not None:
+            self._emit(b"dc")
+            yield "", made
+            return
         self._emit(b"fn", code_bytes(value.__code__))
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
@@ -1016,6 +1021,18 @@ def _is_immutable_scalar(value: Any) -> bool:
 
 
 _BUFFERS = (bytes, bytearray, memoryview, mmap.mmap, PickleBuffer)
+
+
+def plain_walk(value: Any) -> Walk | None:
+    """Return the walk over an atom, or a tree of lists, dicts and atoms in which nothing is reached twice, else None.
+
+    `pickle` alone brings such a value back exactly.
+    """
+    kind, walk = type(value), Walk(None, hashing=False)
+    if kind is list or kind is dict:
+        walk._register(value)
+        return walk if walk._plain(value) else None
+    return walk if kind in ATOMS else None
 
 
 def plain_tensor(tensor: Any, torch: Any) -> bool:

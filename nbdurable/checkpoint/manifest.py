@@ -11,7 +11,7 @@ import base64
 import json
 from collections.abc import Sequence
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -145,6 +145,39 @@ class Manifest(Shape):
         return grouped + tuple(blob for blob in (self.random, self.outputs) if blob is not None)
 
 
+class CallManifest(Shape):
+    """A recorded call: its result, and what else it left.
+
+    `value` is the result, pickled alone under the name "". `shares`: it refers to objects of what the call was given.
+    """
+
+    format: Literal[1] = 1
+    run_id: str
+    step: str
+    key: str  # names the call within its step
+    name: str
+    created_at: float
+    duration_s: float
+    code: str  # digest of what its function stands on
+    parts: dict[str, str] = Field(default_factory=dict)  # of that, by name, to say what changed
+    value: Group
+    shares: bool = False
+    random: Blob | None = None
+    outputs: Blob | None = None  # JSON list of nbformat outputs
+
+    def files(self) -> set[str]:
+        """Return the digests of all files that this call needs."""
+        return {digest for blob in self.blobs() for digest in blob.files()}
+
+    def blobs(self) -> tuple[Blob, ...]:
+        """Return everything that this call needs."""
+        others = (blob for blob in (self.random, self.outputs) if blob is not None)
+        return (self.value.stream, *self.value.buffers, *others)
+
+
+Sealed = TypeVar("Sealed", Manifest, CallManifest)
+
+
 def put_blob(data: bytes | memoryview, blobs: BlobStore) -> Blob:
     """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`)."""
     return put_blobs([(data, STREAM_CHUNK)], blobs)[0]
@@ -200,7 +233,7 @@ def map_blob(blob: Blob, blobs: BlobStore, needed_by: str) -> memoryview:
     return blobs.map(blob.parts(), needed_by)
 
 
-def seal(manifest: Manifest, key: bytes) -> SignedManifest:
+def seal(manifest: Manifest | CallManifest, key: bytes) -> SignedManifest:
     """Sign a manifest with the project's key."""
     return sign(manifest.model_dump_json(), key)
 
@@ -210,6 +243,15 @@ def unseal(signed: SignedManifest, key: bytes, *, of: str) -> Manifest:
 
     Raises BadSignature before anything is parsed, CheckpointError for a manifest of a newer nbdurable.
     """
+    return _unsealed(signed, key, of, Manifest)
+
+
+def unseal_call(signed: SignedManifest, key: bytes, *, of: str) -> CallManifest:
+    """Return a call's manifest once its signature holds, as `unseal` does."""
+    return _unsealed(signed, key, of, CallManifest)
+
+
+def _unsealed(signed: SignedManifest, key: bytes, of: str, shape: type[Sealed]) -> Sealed:
     text = verify(signed, key, of=of)
     fields = json.loads(text)
     if fields.get("format") != FORMAT:
@@ -218,7 +260,7 @@ def unseal(signed: SignedManifest, key: bytes, *, of: str) -> Manifest:
             todo="upgrade nbdurable here, or run the step again (`%durable rerun NAME`)",
         )
     try:
-        return Manifest.model_validate(fields)
+        return shape.model_validate(fields)
     except ValidationError as error:
         raise CheckpointError(
             f"{of} has {error.error_count()} fields that this nbdurable can't read: another version wrote it",

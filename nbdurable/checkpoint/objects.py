@@ -157,6 +157,23 @@ def is_notebook_function(value: Any, namespace: Namespace) -> bool:
     return isinstance(value, types.FunctionType) and value.__globals__ is namespace
 
 
+def decorated(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Return (maker, arguments) of a function that a decorator of nbdurable's own made, None for others.
+
+    Its maker and what it decorates are what it is: its own code says nothing.
+    """
+    made = value.__dict__.get("__made_by__") if type(value) is types.FunctionType else None
+    # `functools.wraps` copies attributes to functions that were made otherwise
+    return made if made is not None and value.__globals__ is made[0].__globals__ else None
+
+
+def undecorated(value: Any) -> Any:
+    """Return the function below decorators of nbdurable's own."""
+    while (made := decorated(value)) is not None:
+        value = made[1][0]
+    return value
+
+
 def reduce_value(value: Any) -> Any:
     """Return what pickle would make of an object, leaving no trace in its class.
 

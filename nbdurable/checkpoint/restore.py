@@ -12,13 +12,14 @@ import gc
 import io
 import pickle
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from nbdurable.checkpoint import rebuild
 from nbdurable.checkpoint.analysis import remember_sources
 from nbdurable.checkpoint.blobs import BlobStore
+from nbdurable.checkpoint.fingerprint import Walk
 from nbdurable.checkpoint.manifest import Blob, Group, Manifest, map_blob, read_blob
 from nbdurable.checkpoint.recipes import Recipe, may_be_made, note, said
 from nbdurable.checkpoint.unsaved import Unsaved
@@ -27,12 +28,33 @@ from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, NotResto
 __all__ = ["Unsaved", "load", "make_again", "restore", "values"]
 
 
-def load(names: Sequence[str], stream: bytes | memoryview, buffers: Iterable[Any]) -> dict[str, Any]:
-    """Unpickle a group; only for bytes that were verified, inside `rebuild.into`.
+class _Referring(pickle.Unpickler):
+    """Loads a value that refers to objects of what a call was given by their place."""
+
+    given: Mapping[int, Any]
+
+    def persistent_load(self, place: int) -> Any:
+        return self.given[place]
+
+
+def placed(walks: Iterable[Walk]) -> dict[int, Any]:
+    """Return the objects of walks by their place, as a value that shares them refers to them."""
+    return {walk.position(ident): value for walk in walks for ident, value in walk.seen.items()}
+
+
+def load(
+    names: Sequence[str],
+    stream: bytes | memoryview,
+    buffers: Iterable[Any],
+    given: Mapping[int, Any] | None = None,
+) -> dict[str, Any]:
+    """Unpickle a group; only for bytes that were verified, inside `rebuild.into`. `given`: as `placed` makes it.
 
     An exception of the user's code is given an attribute `variable`, the name at which it happened.
     """
-    unpickler = pickle.Unpickler(io.BytesIO(stream), buffers=buffers)
+    unpickler: Any = (pickle.Unpickler if given is None else _Referring)(io.BytesIO(stream), buffers=buffers)
+    if given is not None:
+        unpickler.given = given
     values = {}
     for name in names:
         try:
@@ -146,6 +168,30 @@ def _without_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def load_value(
+    group: Group, namespace: dict[str, Any], blobs: BlobStore, of: str, given: Iterable[Walk] | None = None
+) -> Any:
+    """Return a value that `save.save_value` wrote; `of` names it in errors.
+
+    `given`: walks over the objects that it may share, where it does. Raises BlobMissing, BlobDamaged, NotRestorable.
+    """
+    try:
+        stream = read_blob(group.stream, blobs)
+        buffers = [map_blob(blob, blobs, f"{of} needs it") for blob in group.buffers]
+        with _without_gc(), rebuild.into(namespace):
+            return load(group.names, stream, buffers, None if given is None else placed(given))[""]
+    except (BlobMissing, BlobDamaged) as error:
+        raise type(error)(f"{error.message}; {of} needs it", todo=error.todo) from error
+    except Exception as error:
+        reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        raise NotRestorable(f"{of} can't be restored: {reason}", todo=getattr(error, "todo", "")) from error
+
+
+def load_random(blob: Blob, blobs: BlobStore) -> None:
+    """Give the random generators the state that a verified blob holds."""
+    _set_random(pickle.loads(read_blob(blob, blobs)))
 
 
 def _load_group(group: Group, step: str, blobs: BlobStore) -> dict[str, Any]:

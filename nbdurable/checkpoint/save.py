@@ -18,7 +18,7 @@ import types
 import typing
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -36,6 +36,7 @@ from nbdurable.checkpoint.fingerprint import (
     immutable,
     memory_owner,
     plain_tensor,
+    plain_walk,
     reach,
 )
 from nbdurable.checkpoint.manifest import STREAM_CHUNK, Blob, Group, put_blob, put_blobs
@@ -43,6 +44,7 @@ from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     LruCacheWrapper,
     Problem,
+    decorated,
     importable,
     is_notebook_function,
     live_name,
@@ -51,14 +53,17 @@ from nbdurable.checkpoint.objects import (
 )
 from nbdurable.checkpoint.preview import describe, printable
 from nbdurable.checkpoint.recipes import in_use, made_by, recipe_of, said
-from nbdurable.checkpoint.restore import load
+from nbdurable.checkpoint.restore import load, placed
 from nbdurable.checkpoint.track import is_user_name
+from nbdurable.errors import CheckpointError
 from nbdurable.models import Variable
 
 OUT_OF_BAND_BYTES = 64 << 10  # smaller buffers stay in the stream
 VERIFIED_STREAM_BYTES = 1 << 20  # pickles up to this size are loaded back at once and compared
 VERIFIED_BUFFER_BYTES = 64 << 20
 _PLAIN = "create it in a plain cell"
+_RETURN = "return plain data"
+_NO_SOURCES = pickle.dumps({}, protocol=5)
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,15 @@ def save(
         groups=tuple(groups),
         later=tuple(later),
         variables=tuple(sorted(variables, key=lambda variable: variable.name)),
-        random=put_blob(pickle.dumps(_random_state(), protocol=5), blobs) if random else None,
+        random=save_random(blobs) if random else None,
         fingerprints=digests,
         modules=frozenset(module for pack in packs for module in pack.modules),
     )
+
+
+def save_random(blobs: BlobStore) -> Blob:
+    """Write the state of the random generators."""
+    return put_blob(pickle.dumps(_random_state(), protocol=5), blobs)
 
 
 def _random_state() -> dict[str, Any]:
@@ -156,6 +166,10 @@ class _Pack:
     code: bool
     needs: frozenset[str]  # names of variables by recipe to which it refers
     recipe: str = ""
+
+
+class NotSaveable(CheckpointError):
+    """This value can't be saved"""
 
 
 class _Refused(Exception):
@@ -327,35 +341,11 @@ class _Job:
             del self._walks[spoilt]  # it came in by way of others, which can do without it
 
     def _pack(self, names: tuple[str, ...], values: Mapping[str, Any]) -> _Pack:
-        arrays = _shared_memory(self._walks[name] for name in names if name in self._walks)
-        file = io.BytesIO()
-        buffers: list[memoryview] = []
-        sizes: dict[str, int] = {}
-
-        def keep(buffer: pickle.PickleBuffer) -> bool:
-            raw = buffer.raw()
-            if raw.nbytes < OUT_OF_BAND_BYTES:
-                return True
-            buffers.append(raw)
-            return False
-
-        pickler = _Pickler(file, self.namespace, frozenset(names), arrays, keep)
-        for name in names:
-            start, first = file.tell(), len(buffers)
-            try:
-                pickler.dump(values[name])
-            except Exception as error:
-                reason = str(error).strip() or type(error).__name__
-                raise _Refused(name, f"pickle refuses it ({reason[:300]}); {_PLAIN}") from error
-            sizes[name] = file.tell() - start + sum(buffer.nbytes for buffer in buffers[first:])
-        pickler.dump(pickler.sources)
-        modules = frozenset(pickler.modules)
-        needs = frozenset(pickler.made)
-        return _Pack(names, file.getvalue(), buffers, sizes, modules, pickler.by_value, needs)
+        walks = [self._walks[name] for name in names if name in self._walks]
+        return _pickled(names, values, walks, self.namespace)
 
     def _is_verified(self, pack: _Pack) -> bool:
-        buffers = sum(buffer.nbytes for buffer in pack.buffers)
-        return self.verify and len(pack.stream) <= VERIFIED_STREAM_BYTES and buffers <= VERIFIED_BUFFER_BYTES
+        return self.verify and _is_small(pack)
 
     def _verify(self, pack: _Pack, live: Mapping[str, Any]) -> None:
         """Load a pickle back, beside the live namespace, and compare."""
@@ -390,6 +380,99 @@ class _Job:
             raise _Refused(
                 getattr(error, "variable", current), f"a copy of it can't be loaded ({reason}); {_PLAIN}"
             ) from error
+
+
+def _pickled(
+    names: tuple[str, ...],
+    values: Mapping[str, Any],
+    walks: Iterable[Walk],
+    namespace: dict[str, Any],
+    given: Mapping[int, int] | None = None,
+) -> _Pack:
+    """Pickle values with one memo; `walks` have walked over them. Raises _Refused."""
+    file = io.BytesIO()
+    buffers: list[memoryview] = []
+    sizes: dict[str, int] = {}
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < OUT_OF_BAND_BYTES:
+            return True
+        buffers.append(raw)
+        return False
+
+    arrays = _shared_memory(walks)
+    kind = _Pickler if given is None else _Referring
+    pickler = kind(file, namespace, frozenset(names), arrays, keep)
+    pickler.given = given or {}
+    for name in names:
+        start, first = file.tell(), len(buffers)
+        try:
+            pickler.dump(values[name])
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            raise _Refused(name, f"pickle refuses it ({reason[:300]}); {_PLAIN}") from error
+        sizes[name] = file.tell() - start + sum(buffer.nbytes for buffer in buffers[first:])
+    pickler.dump(pickler.sources)
+    modules = frozenset(pickler.modules)
+    needs = frozenset(pickler.made)
+    return _Pack(names, file.getvalue(), buffers, sizes, modules, pickler.by_value, needs)
+
+
+def _is_small(pack: _Pack) -> bool:
+    """Tell whether loading a pickle back, to compare, costs little."""
+    buffers = sum(buffer.nbytes for buffer in pack.buffers)
+    return len(pack.stream) <= VERIFIED_STREAM_BYTES and buffers <= VERIFIED_BUFFER_BYTES
+
+
+def save_value(
+    value: Any, namespace: dict[str, Any], blobs: BlobStore, given: Sequence[Walk] = ()
+) -> tuple[Group, bool]:
+    """Write one value to blobs, apart from all variables: a group of the one name "".
+
+    `given`: walks over what it may share objects with. Where it does, it refers to them by their place in those
+    walks, and the answer says so: `restore.load_value` needs the same objects. Raises NotSaveable, saying why.
+    """
+    plain = plain_walk(value)
+    if plain is not None and all(plain.seen.keys().isdisjoint(other.seen) for other in given):
+        stream = put_blob(pickle.dumps(value, protocol=5) + _NO_SOURCES, blobs)
+        return Group(names=("",), stream=stream), False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        walk, problems = reach(value, namespace, "")
+        if problems:
+            raise NotSaveable(problems[0].sentence(""))
+        for other in given:
+            if not walk.memory.keys().isdisjoint(other.memory):
+                raise NotSaveable("it looks at the memory of what the call was given; return a copy")
+        places = {
+            ident: other.position(ident) for other in given for ident in walk.seen.keys() & other.seen.keys()
+        }
+        try:
+            pack = _pickled(("",), {"": value}, [walk], namespace, places or None)
+            if _is_small(pack):
+                _compare(pack, value, namespace, given, bool(places))
+        except _Refused as refused:
+            raise NotSaveable(refused.reason) from refused
+    stream, *buffers = put_blobs(
+        [(pack.stream, STREAM_CHUNK), *((buffer, BUFFER_CHUNK) for buffer in pack.buffers)], blobs
+    )
+    return Group(names=("",), stream=stream, buffers=tuple(buffers), code=pack.code), bool(places)
+
+
+def _compare(pack: _Pack, value: Any, namespace: dict[str, Any], given: Sequence[Walk], refers: bool) -> None:
+    """Load a value's pickle back, and compare; raises _Refused."""
+    scratch = dict(namespace)
+    try:
+        with rebuild.into(scratch):
+            copy = load(pack.names, pack.stream, pack.buffers, placed(given) if refers else None)[""]
+        if fingerprint(copy, scratch) != fingerprint(value, namespace):
+            raise _Refused("", f"a copy of it does not come back equal; {_RETURN}")
+    except _Refused:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise _Refused("", f"a copy of it can't be loaded ({reason}); {_RETURN}") from error
 
 
 def _reads(make: Any, namespace: Mapping[str, Any]) -> set[str]:
@@ -475,6 +558,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.by_value = False  # whether there are any
         self.modules: set[str] = set()  # top-level ones, of the types and the functions that it met
         self.made: set[str] = set()  # names of the variables by recipe that it referred to
+        self.given: Mapping[int, int] = {}  # id → place
 
     def reducer_override(self, obj: Any) -> Any:
         if in_use and (recipe := recipe_of(obj, self._namespace)) is not None:
@@ -514,6 +598,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return NotImplemented if path == function.__qualname__ else (rebuild.imported, (module, path))
         if (reference := self._live(function)) is not None:
             return reference
+        if (decoration := decorated(function)) is not None:
+            return decoration
         self.by_value = True
         if not is_notebook_function(function, self._namespace):
             return self._foreign_function(function)
@@ -686,6 +772,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             raise pickle.PicklingError("its memory is shared in a way that can't be kept")
         flat = owner.reshape(-1, order="A")
         return flat if owner.dtype.hasobject else flat.view("u1")
+
+
+class _Referring(_Pickler):
+    """Pickles a value that refers to objects of what a call was given by their place."""
+
+    def persistent_id(self, obj: Any) -> int | None:
+        return self.given.get(id(obj))
 
 
 _MADE_WITH_CLASS = frozenset(

@@ -31,7 +31,12 @@ Handler = Callable[[Any], Awaitable[Shape]]
 
 _log = logging.getLogger("nbdurable.coordinator")
 _REFERENCE = "#/components/schemas/{model}"
-_OFTEN = {contract.COMMIT_STEP, contract.BEGIN_STEP, contract.HEARTBEAT}  # matched first
+_OFTEN = {
+    contract.COMMIT_CALLS,
+    contract.COMMIT_STEP,
+    contract.BEGIN_STEP,
+    contract.HEARTBEAT,
+}  # matched first
 
 
 def create_app(handlers: Mapping[Endpoint[Any, Any], Handler], token: str) -> FastAPI:

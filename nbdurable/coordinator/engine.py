@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from nbdurable import __version__, contract
 from nbdurable.contract import Endpoint
+from nbdurable.coordinator.calls import Calls
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.driving import Driving
 from nbdurable.coordinator.runs import Runs
@@ -62,6 +63,7 @@ class Engine:
             **self._driving.handlers(),
             **Sayings(self._core).handlers(),
             **Steps(self._core).handlers(),
+            **Calls(self._core).handlers(),
             **self._waits.handlers(),
             **Space(self._core).handlers(),
         }

@@ -41,6 +41,7 @@ class Kind(StrEnum):
     STEP_WAITING = "step_waiting"
     STEP_REPLAY = "step_replay"
     STEP_FAILED = "step_failed"
+    CALL_COMPLETED = "call_completed"
     CHECKPOINTS_REMOVED = "checkpoints_removed"
     WAIT_OPENED = "wait_opened"
     WAIT_ANSWERED = "wait_answered"
@@ -86,7 +87,10 @@ class StepState:
     checkpoint: StepStatus | None = None  # the status that its latest checkpoint gives it
     checkpoint_seq: int | None = None
     variables: list[dict[str, Any]] = field(default_factory=list)
-    calls: int = 0
+    calls: dict[str, int] = field(default_factory=dict)  # key → seq, of those that may be used again
+    replayed: set[int] = field(default_factory=set)  # calls that the newest attempt did not run
+    calls_made: int | None = None  # by the attempt that committed the step
+    fresh_since: int = 0  # calls up to this number are not used any more
     line: int | None = None
     removed: str = ""
 
@@ -110,7 +114,7 @@ class StepState:
             restores=self.restores,
             attempts=tuple(self.attempts),
             variables=tuple(Variable.model_validate(one) for one in self.variables),
-            calls=self.calls,
+            calls=len(self.calls) if self.calls_made is None else self.calls_made,
             cell_id=self.cell_id,
             checkpoint_seq=self.checkpoint_seq,
             line=self.line if self.status is StepStatus.WAITING else None,
@@ -163,6 +167,7 @@ class Fold:
     def _remove(self, event: Event) -> None:
         gone = set(event.data["seqs"])
         for state in self._steps.values():
+            state.calls = {key: seq for key, seq in state.calls.items() if seq not in gone}
             if state.checkpoint_seq in gone:
                 state.removed = event.sentence
 
@@ -182,6 +187,9 @@ def _started(state: StepState, event: Event) -> None:
     state.started[number] = event.seq
     state.executions += 1
     state.status = StepStatus.RUNNING
+    state.replayed, state.calls_made = set(), None
+    if event.data.get("fresh"):
+        state.calls, state.fresh_since = {}, event.seq
     _decided(state, event)
 
 
@@ -204,13 +212,20 @@ def _committed(state: StepState, event: Event) -> None:
     state.checkpoint_seq = event.seq
     state.removed = ""
     state.variables = event.data["variables"]
-    state.calls = int(event.data.get("calls", 0))
+    state.calls_made = int(event.data.get("calls", 0))
+    state.replayed = set(event.data.get("replayed", ()))
     state.line = event.data.get("line")
 
 
 def _failed(state: StepState, event: Event) -> None:
     state.end(int(event.data["attempt"]), "failed", event, ErrorInfo.model_validate(event.data["error"]))
     state.status = StepStatus.FAILED
+    state.replayed = set(event.data.get("replayed", ()))
+
+
+def _called(state: StepState, event: Event) -> None:
+    state.committed[event.data["signature"]] = event.seq
+    state.calls[event.data["key"]] = event.seq
 
 
 _STEP_EVENTS = {
@@ -218,6 +233,7 @@ _STEP_EVENTS = {
     Kind.STEP_RESTORED: _restored,
     **{kind: _committed for kind, _ in COMMITS.values()},
     Kind.STEP_FAILED: _failed,
+    Kind.CALL_COMPLETED: _called,
 }
 
 

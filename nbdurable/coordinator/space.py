@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from nbdurable import contract
 from nbdurable.checkpoint.blobs import BlobFile, LocalBlobs
-from nbdurable.checkpoint.manifest import Blob, Manifest
+from nbdurable.checkpoint.manifest import Blob, CallManifest, Manifest
 from nbdurable.contract import Endpoint, Fate
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.fold import Kind
@@ -35,12 +35,13 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A checkpoint and the files that it needs."""
+    """A checkpoint, or a recorded call, and the files that it needs."""
 
     run_id: str
     step: str
     seq: int
     files: frozenset[str]
+    is_call: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Space:
         async with self._core.locked(one.run.id) as live:
             if one.is_whole and live.run.updated_at != one.run.updated_at:
                 return
-            count = len(one.checkpoints)
+            count = _count(one.checkpoints)
             sentence = f"{count} checkpoint{'s' if count > 1 else ''} removed by a clean-up: {one.reason}"
             seqs = [checkpoint.seq for checkpoint in one.checkpoints]
             event = self._core.event(live.run, Kind.CHECKPOINTS_REMOVED, sentence, seqs=seqs)
@@ -126,7 +127,7 @@ class Space:
         by_run: dict[str, list[_Checkpoint]] = {}
         for stored in self._core.store.all_checkpoints():
             files = frozenset(digest for digest in _DIGEST.findall(stored.text) if digest in sizes)
-            one = _Checkpoint(stored.run_id, stored.step, stored.seq, files)
+            one = _Checkpoint(stored.run_id, stored.step, stored.seq, files, stored.is_call)
             by_run.setdefault(stored.run_id, []).append(one)
         runs = self._core.store.runs(
             contract.ListRuns(limit=_ALL)
@@ -138,7 +139,7 @@ class Space:
             if found and not verdict.keep:
                 plan.given_up.append(_GivenUp(verdict.run, True, verdict.reason, found))
             elif found:
-                gone = out_of_reach([(one.seq, one.step) for one in found])
+                gone = out_of_reach([(one.seq, one.step) for one in found if not one.is_call])
                 staying = [one for one in found if one.seq not in gone]
                 kept.append((verdict, staying))
                 used |= _files(staying)
@@ -150,11 +151,13 @@ class Space:
             going = _files(one_.checkpoints) - told
             told |= going
             kind = "run" if one_.is_whole else "earlier checkpoints"
-            count = len(one_.checkpoints)
+            count = _count(one_.checkpoints)
             plan.fates.append(_fate(kind, one_.run, "remove", one_.reason, count, going, sizes))
         for verdict, staying in kept:
             files_ = _files(staying)
-            plan.fates.append(_fate("run", verdict.run, "keep", verdict.reason, len(staying), files_, sizes))
+            plan.fates.append(
+                _fate("run", verdict.run, "keep", verdict.reason, _count(staying), files_, sizes)
+            )
         self._tell_files(plan, on_disk, used, told - used, now)
         return plan
 
@@ -193,8 +196,11 @@ class Space:
         users = _Users()
         for stored in self._core.store.all_checkpoints():
             step = tree.setdefault(stored.run_id, {}).setdefault(stored.step, _Step())
-            step.checkpoints += 1
-            step.take(_read(stored.text))
+            if stored.is_call:
+                step.take_call(_read_call(stored.text))
+            else:
+                step.checkpoints += 1
+                step.take(_read(stored.text))
             files = {digest for digest in _DIGEST.findall(stored.text) if digest in sizes}
             step.files |= files
             for digest in files:
@@ -263,6 +269,10 @@ class _Step:
                 self.variables.setdefault(name, set()).update(files)
                 self.inline_of[name] = self.inline_of.get(name, 0) + _inline(parts)
 
+    def take_call(self, manifest: CallManifest | None) -> None:
+        if manifest is not None:
+            self.inline += _inline(manifest.blobs())
+
 
 def _inline(blobs: Iterable[Blob]) -> int:
     return sum(blob.size for blob in blobs if blob.inline is not None)
@@ -272,6 +282,13 @@ def _read(text: str) -> Manifest | None:
     """Return a manifest as data, to be counted only; None for one of another format."""
     try:
         return Manifest.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def _read_call(text: str) -> CallManifest | None:
+    try:
+        return CallManifest.model_validate_json(text)
     except ValidationError:
         return None
 
@@ -317,6 +334,10 @@ def _snapshots(runs: Iterable[Run]) -> set[str]:
 
 def _files(checkpoints: Iterable[_Checkpoint]) -> set[str]:
     return {digest for one in checkpoints for digest in one.files}
+
+
+def _count(checkpoints: Iterable[_Checkpoint]) -> int:
+    return sum(not one.is_call for one in checkpoints)
 
 
 def _fate(

@@ -47,16 +47,19 @@ class Steps:
             else:
                 running = state.running if state is not None else None
                 if state and running and running.epoch == wanted.epoch and state.reason == wanted.reason:
-                    return contract.Begun(attempt=running.number, seq=state.started.get(running.number, 0))
+                    seq = state.started.get(running.number, 0)
+                    return contract.Begun(attempt=running.number, seq=seq, calls=len(state.calls))
                 attempt, kind = (state.next_attempt if state is not None else 1), Kind.STEP_STARTED
             sentence = f"{wanted.step}: {wanted.action} ({wanted.reason})"
-            event = self._core.step_event(live.run, kind, wanted.step, sentence, {**data, "attempt": attempt})
+            data |= {"attempt": attempt} | ({"fresh": True} if wanted.fresh else {})
+            event = self._core.step_event(live.run, kind, wanted.step, sentence, data)
             obsolete = []
             if wanted.action == "execute":  # nobody comes back to the gates of the body that ran before
                 open_ones = (wait for wait in self._core.open_waits(live.run.id) if wait.step == wanted.step)
                 obsolete = [w.model_copy(update={"status": WaitStatus.CANCELLED}) for w in open_ones]
             (seq,) = await self._core.commit(live, (event,), waits=obsolete)
-            return contract.Begun(attempt=attempt, seq=seq)
+            calls = 0 if state is None or wanted.fresh else len(state.calls)
+            return contract.Begun(attempt=attempt, seq=seq, calls=calls)
 
     async def commit_step(self, wanted: contract.CommitStep) -> contract.Committed:
         async with self._core.driven(wanted.run_id, wanted.epoch) as live:
@@ -69,6 +72,8 @@ class Steps:
                 "variables": [variable.model_dump(mode="json") for variable in wanted.variables],
                 "line": wanted.line,
                 "signature": wanted.manifest.signature,
+                "calls": wanted.calls,
+                "replayed": wanted.replayed,
             }
             sentence = f"{wanted.step}: {wanted.sentence or wanted.status}"
             event = self._core.step_event(
@@ -85,7 +90,11 @@ class Steps:
             )
             if known.get(wanted.attempt) != "failed":
                 error = wanted.error
-                data = {"attempt": wanted.attempt, "error": error.model_dump(mode="json")}
+                data = {
+                    "attempt": wanted.attempt,
+                    "error": error.model_dump(mode="json"),
+                    "replayed": wanted.replayed,
+                }
                 sentence = f"{wanted.step}: failed with {error.name}: {error.message[:200]}"
                 event = self._core.step_event(live.run, Kind.STEP_FAILED, wanted.step, sentence, data)
                 await self._core.commit(live, (event,))

@@ -26,6 +26,7 @@ from nbdurable.checkpoint.save import save
 from nbdurable.errors import ControlSignal, RestSkipped, StepUsageError
 from nbdurable.kernel import display
 from nbdurable.kernel.outputs import Output, Recorder, recording
+from nbdurable.kernel.recorded import Calls
 from nbdurable.kernel.session import Session
 from nbdurable.models import Checkpoint, StepStatus, Variable
 from nbdurable.policies import span
@@ -75,6 +76,8 @@ class Execution:
         self.recorder = Recorder()
         self.again: str | None = None  # why it runs in every attempt, and keeps nothing
         self.signal: ControlSignal | None = None  # with which the cell ends
+        self.recorded_calls = 0  # by earlier attempts
+        self.calls: Calls | None = None
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
         self._mark: tuple[int, Captured] | None = None
@@ -93,6 +96,7 @@ class Execution:
     def begin(self) -> None:
         """Take note of the namespace, right before the body runs."""
         self.before = self.session.tracker.snapshot()
+        self.calls = Calls(self.session, self.name, self.attempt, self.recorded_calls, self.names)
         self._began = time.perf_counter()
 
     def made_by(self) -> str:
@@ -293,6 +297,8 @@ class Execution:
                 variables=manifest.variables,
                 sentence=" · ".join(filter(None, (span(manifest.duration_s), kept))),
                 line=line,
+                calls=self.calls.made if self.calls else 0,
+                replayed=tuple(self.calls.replayed) if self.calls else (),
             ),
         )
         fault_point("commit-acknowledged", self.name)

@@ -11,12 +11,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 Output = dict[str, Any]
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+_also: ContextVar[tuple[Recorder, ...]] = ContextVar("nbdurable_listening", default=())
 
 
 class Recorder:
@@ -43,8 +46,11 @@ class Recorder:
 
     def stream(self, name: str, text: str) -> None:
         """Note printed text; text that follows text of the same stream joins it."""
-        if not text or self._muted:
-            return
+        if text and not self._muted:
+            for recorder in (self, *_also.get()):
+                recorder._stream(name, text)
+
+    def _stream(self, name: str, text: str) -> None:
         with self._lock:
             self._clear_if_asked()
             if self.outputs and self.outputs[-1].get("name") == name:
@@ -56,6 +62,12 @@ class Recorder:
         self, kind: str, data: dict[str, Any], metadata: dict[str, Any], display_id: str | None
     ) -> None:
         """Note a display (kind: display_data, execute_result or update_display_data)."""
+        for recorder in (self, *_also.get()):
+            recorder._display(kind, data, metadata, display_id)
+
+    def _display(
+        self, kind: str, data: dict[str, Any], metadata: dict[str, Any], display_id: str | None
+    ) -> None:
         widget = (data.get(WIDGET_VIEW) or {}).get("model_id")
         data = {mime: value for mime, value in data.items() if mime != WIDGET_VIEW}
         metadata = dict(metadata or {})
@@ -77,10 +89,23 @@ class Recorder:
 
     def clear(self, wait: bool) -> None:
         """Note `clear_output`."""
+        for recorder in (self, *_also.get()):
+            recorder._clear(wait)
+
+    def _clear(self, wait: bool) -> None:
         with self._lock:
             self._clear_next = wait
             if not wait:
                 self.outputs.clear()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note, too, what is displayed in the block, by this thread or task alone, while another recorder taps."""
+        token = _also.set((*_also.get(), self))
+        try:
+            yield
+        finally:
+            _also.reset(token)
 
     def finished(self) -> list[Output]:
         """Return the outputs so far, as plain JSON; a widget as the text that it shows now."""

@@ -132,6 +132,8 @@ class Steps:
                 except DurableError as trouble:
                     self._turn_into_error(result, trouble)
             return
+        if execution.calls is not None:
+            execution.calls.say()
         execution.stop()
         error = None if result is None else result.error_before_exec or result.error_in_exec
         if result is None:
@@ -273,6 +275,7 @@ class Steps:
                 f"step `{options.name}` is not restored: {verdict.reason}",
                 todo=f"`%durable rerun {options.name}` runs it with the new value",
             )
+        fresh = verdict.action == "execute" and (options.force or options.name in session.to_rerun)
         begun = session.client.call(
             contract.BEGIN_STEP,
             contract.BeginStep(
@@ -282,6 +285,7 @@ class Steps:
                 action=verdict.action,
                 reason=verdict.reason,
                 cell_id=cell.id,
+                fresh=fresh,
             ),
         )
         session.to_rerun.discard(options.name)
@@ -304,12 +308,14 @@ class Steps:
                 begun.attempt,
                 known,
             )
+            cell.execution.recorded_calls = begun.calls
             tree.body = [call("go_on"), *self._marked(body, used, known.resume_at)]
             return tree
         cell.execution = Execution(
             session, options, code, inputs(), body, names, mentioned, verdict, begun.attempt
         )
         cell.execution.again = again
+        cell.execution.recorded_calls = begun.calls
         recipes.forget_step(options.name)
         cell.execution.record()
         cell.execution.begin()
@@ -414,8 +420,9 @@ class Steps:
         took = span(manifest.duration_s) if manifest else ""
         kept = display.summary(variables)
         mark = "↻" if execution.again else "✓"
-        line = f"{mark} {execution.name}  {took}{_because(execution.verdict)}" + (
-            f" · {kept}" if kept else ""
+        calls = execution.calls.summary() if execution.calls else ""
+        line = " · ".join(
+            filter(None, (f"{mark} {execution.name}  {took}{_because(execution.verdict)}", calls, kept))
         )
         display.say(self.shell, "\n  ".join([line, *noticed]))
 
@@ -429,6 +436,7 @@ class Steps:
             step=execution.name,
             attempt=execution.attempt,
             error=describe_error(error),
+            replayed=tuple(execution.calls.replayed) if execution.calls else (),
         )
         if not (isinstance(error, KeyboardInterrupt) and self._waits_open(execution)):
             with suppress(DurableError):  # the user's own error is what must be seen
@@ -444,6 +452,8 @@ class Steps:
                 todo = "what stands above its gate is kept, too: run the cell again to go on from there"
             else:
                 todo = "fix the cell and run it again"
+            if execution.calls is not None and execution.calls.made:
+                what += f" · {execution.calls.summary()} recorded"
             why = _because(execution.verdict)
             display.say(self.shell, f"✗ {execution.name} did not finish{why} · {what} · {todo}")
 

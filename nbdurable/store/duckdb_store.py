@@ -44,7 +44,7 @@ from nbdurable.settings import Home
 from nbdurable.store.database import Database, timestamp
 from nbdurable.store.journal import Journal
 from nbdurable.store.lock import SideLock
-from nbdurable.store.port import Changes, NewEvent, StoredCheckpoint, Ticket
+from nbdurable.store.port import Changes, NewEvent, StoredCall, StoredCheckpoint, Ticket
 from nbdurable.store.sql import load
 from nbdurable.telemetry import fault_point
 
@@ -326,8 +326,12 @@ class DuckDBStore:
     def events(self, run_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
         """Return a run's events with numbers above `after`, in order; times are true to the microsecond."""
         rows = self._rows("events", {"run_id": run_id, "after": after, "limit": limit})
-        names = ("seq", "at", "run_id", "epoch", "kind", "step", "sentence")
-        return [Event(**dict(zip(names, row[:-1], strict=True)), data=from_json(row[-1])) for row in rows]
+        return [_event(row) for row in rows]
+
+    def calls(self, run_id: str) -> list[StoredCall]:
+        """Return the recorded calls of a run, in order of commitment, without removed ones."""
+        rows = self._rows("calls", {"run_id": run_id})
+        return [StoredCall(_event(row[:-2]), SignedManifest(text=row[-2], signature=row[-1])) for row in rows]
 
     def checkpoints(self, run_id: str, until: int | None = None) -> list[Checkpoint]:
         """Return the latest checkpoint of each step of a run, in order of commitment, without removed ones.
@@ -338,7 +342,7 @@ class DuckDBStore:
         return [_checkpoint(row) for row in rows]
 
     def all_checkpoints(self, run_id: str | None = None) -> Iterator[StoredCheckpoint]:
-        """Yield every checkpoint, of one run or all, that no `checkpoints_removed` event names; in any order."""
+        """Yield checkpoints and calls, of one run or all, that no `checkpoints_removed` event names; in any order."""
         self._apply()
         with self._database.cursor() as cursor:
             cursor.execute(_SQL["all_checkpoints"], {"run_id": run_id})
@@ -513,6 +517,11 @@ def _maybe(seconds: float | None) -> str | None:
 
 def _columns(rows: Iterable[_Row]) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _event(row: _Row) -> Event:
+    names = ("seq", "at", "run_id", "epoch", "kind", "step", "sentence")
+    return Event(**dict(zip(names, row[:-1], strict=True)), data=from_json(row[-1]))
 
 
 def _checkpoint(row: _Row) -> Checkpoint:

@@ -42,12 +42,21 @@ class Changes:
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint as clean-up and statistics see it: `text` is its manifest, not verified."""
+    """A checkpoint, or a recorded call, as clean-up and statistics see it: `text` is its manifest, not verified."""
 
     run_id: str
     step: str
     seq: int
     text: str
+    is_call: bool = False
+
+
+@dataclass(frozen=True)
+class StoredCall:
+    """The event that committed a call, with its manifest."""
+
+    event: Event
+    manifest: SignedManifest
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,10 @@ class Store(Protocol):
     def checkpoint(self, run_id: str, step: str) -> Checkpoint | None: ...
 
     def all_checkpoints(self, run_id: str | None = None) -> Iterator[StoredCheckpoint]:
-        """Yield every checkpoint, of one run or all, that no `checkpoints_removed` event names; in any order."""
+        """Yield checkpoints and calls, of one run or all, that no `checkpoints_removed` event names; in any order."""
+
+    def calls(self, run_id: str) -> list[StoredCall]:
+        """Return the recorded calls of a run, in order of commitment, without removed ones."""
 
     def wait(self, wait_id: str) -> Wait | None: ...
 

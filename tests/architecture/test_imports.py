@@ -142,6 +142,7 @@ def test_public_names() -> None:
         "skip_rest",
         "sleep",
         "sleep_async",
+        "step",
     ]
     for name in nbdurable.__all__:
         assert getattr(nbdurable, name) is not None

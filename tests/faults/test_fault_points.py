@@ -28,9 +28,11 @@ DEADLINE_S = 90.0
 
 CELLS = [
     ("setup", "%load_ext nbdurable\nimport nbdurable as durable\nimport random\nimport numpy as np\nrandom.seed(7)\n"
-              "class Note:\n    def __init__(self, text):\n        self.text = text"),
+              "class Note:\n    def __init__(self, text):\n        self.text = text\n"
+              "@durable.step\ndef repeated(letter):\n    print('repeating', letter)\n"
+              "    return [Note(letter * 50_000), random.random()]"),
     ("one", "%%step one\nbig = np.arange(20_000)\nnotes = [Note('a')]\nalias = notes\nprint('one', random.random())"),
-    ("two", "%%step two\nnotes.append(Note('b'))\ntext = 'x' * 50_000\nbig[0] = 5\nint(big.sum())"),
+    ("two", "%%step two\nnotes.append(Note('b'))\ntext = [repeated('x'), repeated('y')]\nbig[0] = 5\nint(big.sum())"),
     ("gate", "%%step gate\ndraft = f'{len(notes)} notes'\nprint('before the gate')\n"
              "decision = durable.approve(draft, title='Publish?')\npublished = decision.value"),
     ("nap", "%%step nap\ndurable.sleep(2.1)\nrested = True"),

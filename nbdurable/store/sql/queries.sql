@@ -105,11 +105,21 @@ WHERE run_id = $run_id AND step = $step
     )
 
 -- name: all_checkpoints
-SELECT run_id, step, seq, manifest FROM events
-WHERE ($run_id IS NULL OR run_id = $run_id) AND kind IN ('step_completed', 'step_waiting', 'step_replay')
+SELECT run_id, step, seq, manifest, kind = 'call_completed' FROM events
+WHERE ($run_id IS NULL OR run_id = $run_id)
+    AND kind IN ('step_completed', 'step_waiting', 'step_replay', 'call_completed')
     AND seq NOT IN (
         SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events WHERE kind = 'checkpoints_removed'
     )
+
+-- name: calls
+SELECT seq, epoch_us(occurred_at) / 1e6, run_id, epoch, kind, step, sentence, data, manifest, signature FROM events
+WHERE run_id = $run_id AND kind = 'call_completed'
+    AND seq NOT IN (
+        SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events
+        WHERE run_id = $run_id AND kind = 'checkpoints_removed'
+    )
+ORDER BY seq
 
 -- name: wait
 SELECT body FROM waits WHERE id = $1

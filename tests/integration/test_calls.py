@@ -1,0 +1,356 @@
+"""`@durable.step` in a real kernel: recorded calls are made once (guarantees 1, 2, 3, 6, 7, 9, 11)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdurable import contract
+from nbdurable.client import Client
+from nbdurable.settings import Home
+from tests.tools import notebooks
+from tests.tools.kernels import Kernel
+
+LOAD = "%load_ext nbdurable"
+SETUP = """\
+import asyncio, pathlib, threading
+import nbdurable as durable
+log = pathlib.Path('log')
+log.write_text('')
+def ran(what):
+    with log.open('a') as file:
+        file.write(f'{what} ')"""
+
+
+@pytest.fixture(scope="module")
+def lasting(started_home: Callable[[], Home], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    folder = tmp_path_factory.mktemp("lasting")
+    found = Kernel(started_home().root, notebooks.write(folder / "n.ipynb", []), folder)
+    found.run(LOAD)
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture
+def kernel(lasting: Kernel) -> Kernel:
+    """The lasting kernel, at the beginning of a new run."""
+    lasting.run("%reset -f")
+    lasting.run("%durable new")
+    assert lasting.run(SETUP).status == "ok"
+    return lasting
+
+
+def ran(kernel: Kernel) -> list[str]:
+    """Return what ran since the last time."""
+    found = (kernel.cwd / "log").read_text().split()
+    (kernel.cwd / "log").write_text("")
+    return found
+
+
+def calls(kernel: Kernel) -> list[contract.RecordedCall]:
+    client = Client(Home(Path(kernel.env["NBDURABLE_HOME"])))
+    run = client.call(contract.LIST_RUNS, contract.ListRuns(limit=1)).runs[0]
+    return list(client.call(contract.READ_CALLS, contract.ReadCalls(run_id=run.id)).calls)
+
+
+TOOLS = """\
+@durable.step
+def model(prompt):
+    ran('model')
+    return {'tools': ['a', 'b', 'c'], 'prompt': prompt}
+@durable.step
+def tool(name):
+    ran(name)
+    if name == 'c' and not pathlib.Path('works').exists():
+        raise RuntimeError('no network')
+    return name * 2"""
+AGENT = "%%step agent\nresults = [tool(name) for name in model('go')['tools']]\nresults"
+
+
+def test_if_the_third_tool_fails_neither_the_model_nor_the_first_two_are_called_again(kernel: Kernel) -> None:
+    """Guarantee 1, for calls: in the same kernel, and in the next one after a kill."""
+    kernel.run(TOOLS)
+    (kernel.cwd / "works").unlink(missing_ok=True)
+    reply = kernel.run(AGENT, "agent")
+    assert reply.content["ename"] == "RuntimeError"
+    assert "3 calls recorded" in reply.notes
+    assert ran(kernel) == ["model", "a", "b", "c"]
+    assert kernel.run(AGENT, "agent").status == "error"
+    assert ran(kernel) == ["c"]
+    kernel.restart()
+    for cell in (LOAD, SETUP, TOOLS):
+        kernel.run(cell)
+    (kernel.cwd / "works").touch()
+    reply = kernel.run(AGENT, "agent")
+    assert reply.status == "ok", reply.error
+    assert ran(kernel) == ["c"]
+    assert kernel.value("results") == "['aa', 'bb', 'cc']"
+    assert "4 calls: 3 kept, 1 ran" in reply.notes
+    found = calls(kernel)
+    assert [(c.call.name, c.call.given, c.call.attempt, c.call.replayed) for c in found] == [
+        ("model", "'go'", 1, True),
+        ("tool", "'a'", 1, True),
+        ("tool", "'b'", 1, True),
+        ("tool", "'c'", 3, False),
+    ]
+
+
+def test_what_runs_at_once_in_any_order_is_matched_by_its_arguments(kernel: Kernel) -> None:
+    """Guarantee 1: coroutines, threads, methods, recursion and generators, though their order is another one."""
+    kernel.run(
+        """\
+fail = True
+@durable.step
+async def ask(question):
+    ran(question)
+    await asyncio.sleep(0)
+    return question.upper()
+@durable.step
+def square(n):
+    ran(n)
+    return n * n
+@durable.step
+def fib(n):
+    ran(f'fib{n}')
+    return n if n < 2 else fib(n - 1) + fib(n - 2)
+@durable.step
+def words(text):
+    for word in text.split():
+        ran(word)
+        yield word
+    return len(text)
+@durable.step
+async def letters(text):
+    for letter in text:
+        ran(letter)
+        yield letter
+class Agent:
+    def __init__(self, name):
+        self.name = name
+    @durable.step
+    def greet(self, whom):
+        ran(self.name + whom)
+        return f'{self.name} greets {whom}'
+    @durable.step
+    @staticmethod
+    def wave():
+        ran('wave')
+        return 'waves'
+def in_thread(n, into):
+    thread = threading.Thread(target=lambda: into.append(square(n)))
+    thread.start()
+    return thread"""
+    )
+    cell = """\
+%%step all
+found = {}
+order = ORDER
+for kind in order:
+    if kind == 'gather':
+        found['gather'] = await asyncio.gather(*[ask(q) for q in order])
+    if kind == 'threads':
+        into = []
+        for thread in [in_thread(n, into) for n in range(3)]:
+            thread.join()
+        found['threads'] = sorted(into)
+    if kind == 'fib':
+        found['fib'] = fib(4)
+    if kind == 'words':
+        found['words'] = list(words('to be'))
+    if kind == 'letters':
+        found['letters'] = [one async for one in letters('xy')]
+    if kind == 'agent':
+        found['agent'] = Agent('a').greet('b'), Agent('c').greet('d'), Agent.wave()
+if FAIL: raise ValueError('later')"""
+    order = ["gather", "threads", "fib", "words", "letters", "agent"]
+    first = kernel.run(cell.replace("ORDER", repr(order)).replace("FAIL", "True"), "all")
+    assert first.content["ename"] == "ValueError", first.error
+    assert len(ran(kernel)) == 6 + 3 + 9 + 2 + 2 + 3
+    expected = kernel.value("sorted(found.items())")
+    reply = kernel.run(cell.replace("ORDER", repr(order[::-1])).replace("FAIL", "False"), "all")
+    assert reply.status == "ok", reply.error
+    assert ran(kernel) == []
+    assert kernel.value("sorted({**found, 'gather': found['gather'][::-1]}.items())") == expected
+    assert "all kept" in reply.notes
+
+
+def test_a_changed_function_runs_again_and_says_so(kernel: Kernel) -> None:
+    """Guarantee 9: what a function stands on is compared; its other calls are kept."""
+    define = """\
+PROMPT = 'be {}'
+def helper(x):
+    return x
+@durable.step
+def ask(x):
+    ran(x)
+    return PROMPT.format(helper(x))"""
+    other = "@durable.step\ndef other():\n    ran('other')\n    return 1"
+    cell = "%%step s\nanswers = [ask('a'), ask('b'), other()]"
+    kernel.run(define)
+    kernel.run(other)
+    assert kernel.run(cell, "s").status == "ok"
+    assert ran(kernel) == ["a", "b", "other"]
+    for old, new, why in (
+        ("return x\n@", "return x + '!'\n@", "`helper` changed (cell"),
+        ("ran(x)\n    return", "ran(x + '2')\n    return", "`ask` changed (cell"),
+        ("be {}", "become {}", "variable `PROMPT` changed (cell"),
+    ):
+        define = define.replace(old, new)
+        kernel.run(define)
+        reply = kernel.run(cell, "s")
+        assert "3 calls: 1 kept, 2 ran (" + why in reply.notes, reply.notes
+        assert [what[:1] for what in ran(kernel)] == ["a", "b"]
+    assert kernel.value("answers") == "['become a!', 'become b!', 1]"
+    assert {c.call.reason.partition(" (")[0] for c in calls(kernel)} == {
+        "",
+        "`helper` changed",
+        "`ask` changed",
+        "variable `PROMPT` changed",
+    }
+    kernel.run(cell.replace("'b'", "'c'"), "s")
+    assert ran(kernel) == ["c2"]
+    kernel.run("%durable rerun s")
+    kernel.run(cell.replace("'b'", "'c'"), "s")
+    assert ran(kernel) == ["a2", "c2", "other"]
+
+
+def test_a_call_leaves_what_it_printed_and_where_it_moved_random_state(kernel: Kernel) -> None:
+    """Guarantee 6: a step that takes recorded results ends as one whose calls ran."""
+    kernel.run("import random\n@durable.step\ndef draw():\n    print('drawing')\n    return random.random()")
+    cell = (
+        "%%step s\nprint('first')\nrandom.seed(3)\nfound = [draw(), draw(), random.random()]\nif FAIL: 1 / 0"
+    )
+    kernel.run(cell.replace("FAIL", "True"), "s")
+    whole = kernel.value("found")
+    reply = kernel.run(cell.replace("FAIL", "False"), "s")
+    assert "all kept" in reply.notes
+    assert reply.text == "first\ndrawing\ndrawing\n"
+    assert kernel.value("found") == whole
+
+
+def test_a_result_has_its_type_and_what_it_shares_with_arguments(kernel: Kernel) -> None:
+    """Guarantee 7: the recorded result is the one that the call had returned."""
+    kernel.run(
+        """\
+import numpy as np, pandas as pd
+class Note:
+    def __init__(self, text):
+        self.text = text
+@durable.step
+def enrich(paper):
+    return {'paper': paper, 'notes': [Note('x')], 'table': pd.DataFrame({'a': np.arange(3)}), 'at': (1, {2})}"""
+    )
+    cell = "%%step s\npaper = ['p']\nfound = enrich(paper)\nif FAIL: 1 / 0"
+    kernel.run(cell.replace("FAIL", "True"), "s")
+    assert "all kept" in kernel.run(cell.replace("FAIL", "False"), "s").notes
+    assert kernel.value("found['paper'] is paper and type(found['notes'][0]) is Note") == "True"
+    assert kernel.value("found['at'], list(found['table']['a']), found['notes'][0].text") == (
+        "((1, {2}), [0, 1, 2], 'x')"
+    )
+
+
+def test_calls_that_cannot_be_recorded_run_and_say_why(kernel: Kernel) -> None:
+    """Guarantee 11: named, with what to do, once; nothing is lost by it."""
+    kernel.run(
+        """\
+@durable.step
+def ask(client, question):
+    ran(question)
+    return question
+@durable.step(key=lambda client, question: question)
+def keyed(client, question):
+    ran(question)
+    return question
+@durable.step
+def grow(items):
+    items.append(1)
+    return len(items)
+memory = []
+@durable.step
+def remember(item):
+    memory.append(item)
+@durable.step
+def opened():
+    return open('log')
+@durable.step(key='one')
+def fixed(n):
+    return n"""
+    )
+    cell = """\
+%%step s
+client = threading.Lock()
+ask(client, 'a'), ask(client, 'b'), keyed(client, 'c')
+grow([]), remember('x')
+opened().close()"""
+    reply = kernel.run(cell, "s")
+    assert reply.status == "ok", reply.error
+    said = reply.notes
+    assert "call `ask` is not recorded: its argument `client` can't be compared (a lock" in said
+    assert said.count("call `ask`") == 1
+    assert "call `grow` is not recorded: it changes its argument `items`" in said
+    assert "call `remember` is not recorded: it changes the variable `memory`" in said
+    assert "call `opened` is not recorded: an open file" in said
+    assert ran(kernel) == ["a", "b", "c"]
+    kernel.run(cell + "\n1", "s")
+    assert ran(kernel) == ["a", "b"]
+    reply = kernel.run("%%step t\nfixed(1)\nfixed(2)", "t")
+    assert "two calls of `fixed` have the key 'one', and different arguments: (1) and (2)" in reply.error
+    assert "key=lambda" in reply.error
+    outside = kernel.run("ask(1, 'z')\nask(1, 'z')")
+    assert outside.notes == "`ask` is called outside a step: it runs, and nothing is recorded"
+    for bad in (
+        "durable.step(1)",
+        "durable.step(key=1)",
+        "durable.step('name')",
+        "@durable.step\nclass A: pass",
+    ):
+        assert re.search("UsageError: .*\n  → ", kernel.run(bad).error)
+
+
+def test_an_interrupted_call_is_not_recorded_and_those_before_it_are(kernel: Kernel) -> None:
+    """Ctrl-C in a call: earlier calls are kept."""
+    kernel.run(
+        "@durable.step\ndef slow(n):\n    ran(n)\n    while n and not pathlib.Path('go').exists(): pass"
+    )
+    sent = kernel.send("%%step s\nslow(0)\nprint('now', flush=True)\nslow(1)", "s")
+    assert kernel.client is not None
+    while True:
+        message = kernel.client.get_iopub_msg(timeout=20)
+        if message["msg_type"] == "stream":
+            break
+    kernel.interrupt()
+    assert kernel.collect(sent).content["ename"] == "KeyboardInterrupt"
+    (kernel.cwd / "go").touch()
+    assert "2 calls: 1 kept, 1 ran" in kernel.run("%%step s\nslow(0)\nslow(1)", "s").notes
+
+
+def test_the_plan_says_which_calls_function_changed(kernel: Kernel) -> None:
+    """A recorded function is a helper of its step like any other."""
+    define = "@durable.step\ndef ask(x):\n    return x"
+    step = "%%step s\nanswer = ask(1)"
+    path = kernel.cwd / "n.ipynb"
+    notebooks.write(path, [("d", define), ("s", step)])
+    kernel.run(define)
+    kernel.run(step, "s")
+    reply = kernel.run("%durable plan")
+    assert "restore" in reply.notes, reply.notes
+    notebooks.write(path, [("d", define.replace("return x", "return x + 1")), ("s", step)])
+    assert "helper `ask` changed (cell 1, line 3)" in kernel.run("%durable plan").notes
+
+
+def test_a_recorded_function_that_a_step_defines_comes_back_recorded(kernel: Kernel) -> None:
+    kernel.run("%%step d\n@durable.step(key='k')\ndef ask(x):\n    ran('ask')\n    return x", "d")
+    kernel.restart()
+    for cell in (LOAD, SETUP):
+        kernel.run(cell)
+    assert (
+        "restored"
+        in kernel.run(
+            "%%step d\n@durable.step(key='k')\ndef ask(x):\n    ran('ask')\n    return x", "d"
+        ).notes
+    )
+    kernel.run("%%step s\nanswer = ask(1)\n1 / 0", "s")
+    assert "all kept" in kernel.run("%%step s\nanswer = ask(1)", "s").notes
