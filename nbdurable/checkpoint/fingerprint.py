@@ -28,7 +28,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from nbdurable.checkpoint import mapped
+from nbdurable.checkpoint import mapped, rebuild
 from nbdurable.checkpoint.blobs import BUFFER_CHUNK, MAP_FROM_BYTES, digest_of
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
@@ -40,6 +40,7 @@ from nbdurable.checkpoint.objects import (
     Unsaveable,
     decorated,
     describe_problem,
+    given,
     importable,
     live_name,
     reduce_value,
@@ -496,6 +497,8 @@ class Walk:
     def _lru(self, value: Any) -> Parts:
         self._emit(b"lru", repr(sorted(value.cache_parameters().items())).encode())
         yield "", value.__wrapped__
+        if own := rebuild.own_attributes(value):
+            yield from self._state(own)
 
     def _class(self, value: type) -> Parts:
         """Walk over a class of the notebook: its bases and what its body defined."""
@@ -542,10 +545,10 @@ class Walk:
         yield from self._state(state)
         if items is not None:
             self._emit(b"li")
-            yield from self._mixed(enumerate(items))
+            yield from self._mixed(enumerate(given(value, items)))
         if pairs is not None:
             self._emit(b"di")
-            yield from self._items(pairs)
+            yield from self._items(given(value, pairs))
 
     def _state(self, state: Any) -> Parts:
         if (
@@ -1007,7 +1010,7 @@ def _is_immutable_scalar(value: Any) -> bool:
     if isinstance(value, type) or package not in (*_PACKAGES, "typing"):
         return False
     if package == "typing":
-        return not isinstance(value, typing.TypeVar | typing.ParamSpec | typing.TypeVarTuple)
+        return not isinstance(value, typing.TypeVar | typing.ParamSpec | typing.TypeVarTuple | typing.NewType)
     module: Any = sys.modules.get(package)
     if package == "numpy":
         return isinstance(value, module.generic | module.dtype)

@@ -27,11 +27,12 @@ import uuid
 import weakref
 import zoneinfo
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from nbdurable.checkpoint.patience import GaveUp, others_code
 from nbdurable.checkpoint.unsaved import Unsaved, reason_of
 from nbdurable.errors import CheckpointError
 
@@ -63,6 +64,7 @@ IMMUTABLE_TYPES = (
     type(typing.Any),
     type(typing.Optional),
 )
+_PATH_LABELS = 16
 _CONTAINERS = (list, dict, tuple, set, frozenset, deque, OrderedDict, defaultdict, functools.partial)
 _CODE_LIKE = (types.FunctionType, types.MethodType, types.CellType, type, property, classmethod, staticmethod)
 _STANDARD_FOLDERS = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
@@ -180,6 +182,8 @@ def reduce_value(value: Any) -> Any:
     Raises whatever the object's own `__reduce_ex__` raises, and Unsaveable for what pickle would get wrong.
     """
     kind = type(value)
+    if kind in _GIVEN_UP:
+        raise Unsaveable(f"what can't be looked into: {_GIVEN_UP[kind]}", _PLAIN_CELL)
     if kind not in _SAVEABLE:
         if (trouble := unsaveable(value)) is not None:
             raise trouble
@@ -187,11 +191,65 @@ def reduce_value(value: Any) -> Any:
     special = copyreg.dispatch_table.get(kind)
     had_slotnames = "__slotnames__" in kind.__dict__
     try:
-        return special(value) if special is not None else value.__reduce_ex__(4)
+        with others_code:
+            reduced = special(value) if special is not None else value.__reduce_ex__(4)
+        return _by_value(value, reduced)
+    except GaveUp as error:
+        raise _give_up(kind, str(error)) from error
     finally:
         if not had_slotnames and "__slotnames__" in kind.__dict__:
             with suppress(Exception):  # `copyreg` caches it in the class, which would count as a change
                 type.__delattr__(kind, "__slotnames__")
+
+
+def reduces_itself(kind: type) -> bool:
+    """Tell whether a class has a reduction of its own."""
+    plain: Any = object
+    return kind.__reduce_ex__ is not plain.__reduce_ex__ or kind.__reduce__ is not plain.__reduce__
+
+
+def _by_value(value: Any, reduced: Any) -> Any:
+    """Return a reduction to a name of the notebook as one to what the object is made of.
+
+    A new process may not have the name by then: a step that makes the object is restored before it binds it.
+    """
+    if not isinstance(reduced, str | tuple):
+        raise TypeError(f"its __reduce__ returns a {type(reduced).__name__}")
+    if isinstance(reduced, tuple) or getattr(value, "__module__", None) != "__main__":
+        return reduced
+    if type(value) is typing.NewType:
+        return typing.NewType, (value.__name__, value.__supertype__), dict(vars(value))
+    with others_code:
+        return copyreg.__newobj__, (type(value),), value.__getstate__()  # type: ignore[attr-defined]
+
+
+def given(value: Any, items: Any) -> Iterator[Any]:
+    """Return an iterator over the items of a reduction, which an object's own code may give without end."""
+    iterator: Iterator[Any] = iter(items)
+    if type(iterator) in _PLAIN_ITERATORS:
+        return iterator
+    bases: tuple[Any, ...] = (list, dict)
+    size = next((base.__len__(value) for base in bases if isinstance(value, base)), 0)
+    return _bounded(type(value), iterator, max(size, MAX_GIVEN))
+
+
+def _bounded(kind: type, iterator: Iterator[Any], limit: int) -> Iterator[Any]:
+    for _ in range(limit):
+        try:
+            with others_code:
+                item = next(iterator)
+        except StopIteration:
+            return
+        except GaveUp as error:
+            raise _give_up(kind, str(error)) from error
+        yield item
+    raise _give_up(kind, f"its own code gives more than {limit:,} items")
+
+
+def _give_up(kind: type, why: str) -> Unsaveable:
+    """Return why objects of a type can't be saved, and ask none of them again."""
+    _GIVEN_UP[kind] = why
+    return Unsaveable(f"what can't be looked into: {why}", _PLAIN_CELL)
 
 
 def underlying(view: Any) -> Any:
@@ -205,6 +263,11 @@ _LOCKS = ("lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "Event"
 
 
 _SAVEABLE: weakref.WeakSet[type] = weakref.WeakSet()  # types of which `unsaveable` knows nothing bad
+_GIVEN_UP: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()  # type → why: asked only once
+_PLAIN_ITERATORS = frozenset(
+    map(type, (iter([]), iter({}.items()), iter(OrderedDict().items()), iter(deque())))
+)
+MAX_GIVEN = 1 << 22  # items that an object's own code may give
 
 
 def unsaveable(value: Any) -> Unsaveable | None:
@@ -300,13 +363,20 @@ def describe_problem(trail: list[tuple[str, Any]], error: Exception) -> Problem:
     position = next(packaged, len(trail) - 1)
     unit = trail[position][1]
     return Problem(
-        path="".join(label for label, _ in trail[: position + 1]),
+        path=_path([label for label, _ in trail[: position + 1]]),
         holder="" if unit is culprit else type(unit).__name__,
         what=trouble.what,
         todo=trouble.todo,
         stream=trouble.stream and unit is culprit,
         unit=id(unit),
     )
+
+
+def _path(labels: list[str]) -> str:
+    """Join the labels of a path; one that is long loses its middle."""
+    if len(labels) > _PATH_LABELS:
+        labels = [*labels[: _PATH_LABELS // 2], "[…]", *labels[-_PATH_LABELS // 2 :]]
+    return "".join(labels)
 
 
 def stream_position(value: Any) -> str:

@@ -12,6 +12,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from nbdurable.checkpoint.objects import IMMUTABLE_TYPES
+from nbdurable.checkpoint.patience import others_code
 from nbdurable.checkpoint.unsaved import Unsaved, reason_of
 
 MAX_TEXT = 2000  # characters
@@ -29,11 +30,13 @@ def describe(value: Any) -> tuple[str, str, str]:
         return "not restored", "", _cut(reason_of(value))
     name = kind.__qualname__
     try:
-        shape = _shape(value)
+        with others_code:
+            shape = _shape(value)
     except Exception:
         shape = ""
     try:
-        text = _preview(value)
+        with others_code:
+            text = _preview(value)
     except Exception as error:
         text = f"<{name}: no preview, {type(error).__name__}>"
     return name, shape, _cut(text)

@@ -101,6 +101,14 @@ def lru_cache(wrapped: Callable[..., Any], maxsize: int | None, typed: bool) -> 
     return functools.lru_cache(maxsize=maxsize, typed=typed)(wrapped)
 
 
+def own_attributes(cached: Any) -> dict[str, Any]:
+    """Return the attributes of a caching function that `functools` does not give it when it is made."""
+    wrapped = cached.__wrapped__
+    given: dict[str, Any] = {name: getattr(wrapped, name, None) for name in functools.WRAPPER_ASSIGNMENTS}
+    given |= {**vars(wrapped), "__wrapped__": wrapped, "cache_parameters": cached.cache_parameters}
+    return {name: item for name, item in vars(cached).items() if name not in given or given[name] is not item}
+
+
 def cached_property(func: Callable[..., Any], name: str | None) -> functools.cached_property[Any]:
     """Make a cached property again, with a lock of its own."""
     made = functools.cached_property(func)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+import enum
 import functools
 import io
 import pickle
@@ -48,9 +49,12 @@ from nbdurable.checkpoint.objects import (
     importable,
     is_notebook_function,
     live_name,
+    reduce_value,
+    reduces_itself,
     underlying,
     unsaveable,
 )
+from nbdurable.checkpoint.patience import others_code, patient
 from nbdurable.checkpoint.preview import describe, printable
 from nbdurable.checkpoint.recipes import in_use, made_by, recipe_of, said
 from nbdurable.checkpoint.restore import load, placed
@@ -81,6 +85,7 @@ class Saved:
     modules: frozenset[str] = frozenset()
 
 
+@patient()
 def save(
     namespace: dict[str, Any],
     names: Collection[str],
@@ -352,7 +357,7 @@ class _Job:
         scratch = dict(self.namespace)
         current = pack.names[0]
         try:
-            with rebuild.into(scratch):
+            with rebuild.into(scratch), others_code:
                 values = load(pack.names, pack.stream, pack.buffers)
             if live is self.namespace:
                 scratch.update(values)
@@ -584,6 +589,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return reduced
         if package == "torch" and (reduced := self._tensor(obj, sys.modules["torch"])) is not None:
             return reduced
+        if kind is typing.NewType or (kind.__module__ == "__main__" and reduces_itself(kind)):
+            reduced = reduce_value(obj)
+            return reduced if isinstance(reduced, tuple) else NotImplemented
         return super().reducer_override(obj)
 
     def _live(self, obj: Any) -> Any:
@@ -673,6 +681,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                 arguments[3]["__slots__"] = vars(kind)["__slots__"]
             if isinstance(arguments[3], dict):
                 arguments[3]["__qualname__"] = kind.__qualname__
+            if issubclass(kind, enum.Enum):  # cloudpickle knows no second names of a member
+                members = {name: member.value for name, member in kind.__members__.items()}
+                arguments = (*arguments[:3], members, *arguments[4:])
+                for name in members:
+                    rest[0][0].pop(name, None)
             rest[0][0].update(_dropped(kind))
             return (make, arguments, *rest)
         return reduced
@@ -687,7 +700,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if (reference := self._live(function)) is not None:
             return reference
         settings = function.cache_parameters()
-        return rebuild.lru_cache, (function.__wrapped__, settings["maxsize"], settings["typed"])
+        made = (function.__wrapped__, settings["maxsize"], settings["typed"])
+        return rebuild.lru_cache, made, rebuild.own_attributes(function) or None
 
     def _cached_property(self, found: functools.cached_property[Any]) -> Any:
         return rebuild.cached_property, (found.func, found.attrname)

@@ -19,6 +19,7 @@ from typing import Any
 
 from nbdurable.checkpoint.fingerprint import Shared, Walk, fingerprint, immutable, partial_fingerprint, shared
 from nbdurable.checkpoint.objects import Problem
+from nbdurable.checkpoint.patience import patient
 
 # `_`, `__`, `_i`, `_3`, `_i3`, `_oh` …, dunders, and what IPython itself puts there
 _KEPT_BY_IPYTHON = re.compile(r"_+|_i{1,3}|_i?\d+|_(ih|oh|dh|exit_code)|__\w+__|In|Out|exit|quit|get_ipython")
@@ -89,7 +90,7 @@ class Tracker:
 
     def snapshot(self) -> Snapshot:
         """Look at all user variables."""
-        with warnings.catch_warnings():  # looking into objects may touch what they deprecate
+        with patient(), warnings.catch_warnings():  # looking into objects may touch what they deprecate
             warnings.simplefilter("ignore")
             variables = [
                 (name, value) for name, value in list(self._namespace.items()) if self.is_users(name)

@@ -34,6 +34,7 @@ from nbdurable.stepline import StepOptions
 from nbdurable.telemetry import fault_point
 
 TICK_S = 0.2  # an interrupt is seen within it
+MAX_VARIABLES = 50_000  # of a step: each has facts of its own in the manifest
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Execution:
         self.signal: ControlSignal | None = None  # with which the cell ends
         self.recorded_calls = 0  # by earlier attempts
         self.calls: Calls | None = None
+        self.sent = False  # whether the commit was begun that ends the step
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
         self._mark: tuple[int, Captured] | None = None
@@ -182,6 +184,11 @@ class Execution:
         names, deleted, fingerprints, moved = self.written()
         if self.again:
             names, deleted, moved = set(), set(), False
+        if len(names) > MAX_VARIABLES:
+            raise StepUsageError(
+                f"step `{self.name}` wrote {len(names):,} variables; a checkpoint holds {MAX_VARIABLES:,} at most",
+                todo="keep them in one dict or list",
+            )
         left_out = names & self.options.no_save
         saved = save(
             session.values,
@@ -285,6 +292,7 @@ class Execution:
         fault_point("checkpoint-saved")
         signed = seal(manifest, session.key)
         kept = display.summary(captured.variables)
+        self.sent = status != "waiting"
         done = session.client.call(
             contract.COMMIT_STEP,
             contract.CommitStep(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,10 +145,12 @@ class Steps:
             self._failed(execution, error)
             return
         try:
-            with uninterrupted():
+            with uninterrupted(lambda: execution.sent):
                 self._say_kept(execution, execution.commit())
-        except KeyboardInterrupt as interrupt:  # it is kept; but the cells that follow must not run
+        except KeyboardInterrupt as interrupt:
             self._turn_into_error(result, interrupt)
+            if not execution.sent:  # else it is kept; but the cells that follow must not run
+                self._failed(execution, interrupt)
         except DurableError as trouble:
             self._turn_into_error(result, trouble)
             self._failed(execution, trouble)
@@ -502,14 +504,23 @@ def shown_as(error: BaseException, sentence: str) -> BaseException:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back an interrupt while a checkpoint is committed; it is raised afterwards, unless something else is."""
+def uninterrupted(is_sent: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Hold back an interrupt while a checkpoint is committed; it is raised afterwards, unless something else is.
+
+    A second one ends the saving, as long as the commit was not sent: then it must be known what became of it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+
+    def hold(number: int, frame: Any) -> None:
+        held.append(number)
+        if len(held) > 1 and not is_sent():
+            raise shown_as(KeyboardInterrupt(), "KeyboardInterrupt: interrupted twice, so nothing was kept")
+
+    signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Bad input, as issue 2 lists it: one clear error each (guarantee 11), its exit status, and nothing lost.
+"""Bad input, as issues 2 and 3 list it: one clear error each (guarantee 11), its exit status, and nothing lost.
 
 `MATRIX` names for each item the tests that hold it, here or beside their kin; a test compares it with what there is.
 """
@@ -114,6 +114,51 @@ MATRIX = {
         f"{HERE}::test_a_misspelt_setting_is_named",
         f"{KERNEL_TOO}::test_settings_that_can_not_be_used_are_told_in_the_kernel",
     ],
+}
+BLOBS = "unit/checkpoint/test_blobs.py"
+HOSTILE = "unit/checkpoint/test_hostile_objects.py"
+MANIFEST = "unit/checkpoint/test_manifest.py"
+MATRIX |= {
+    "checkpoints: disk full in the middle of a blob": [
+        f"{BLOBS}::test_no_space_is_said_and_leaves_nothing_behind",
+        f"{KERNEL_TOO}::test_no_space_for_a_blob",
+    ],
+    "checkpoints: a read-only store": [f"{BLOBS}::test_a_folder_that_cannot_be_written_is_named"],
+    "checkpoints: a blob truncated, flipped or replaced": [
+        f"{BLOBS}::test_a_damaged_blob_is_refused_by_name_and_replaced",
+        f"{BLOBS}::test_a_chunk_of_another_size_is_refused_before_it_is_mapped",
+        f"{KERNEL_TOO}::test_a_truncated_blob_is_refused",
+        f"{KERNEL_TOO}::test_nothing_is_built_on_a_damaged_array",
+        f"{KERNEL}::test_an_altered_blob_and_a_missing_one_are_refused",
+    ],
+    "checkpoints: a manifest with a wrong signature": [
+        f"{MANIFEST}::test_another_key_is_refused_by_name",
+        f"{MANIFEST}::test_an_altered_manifest_is_refused_before_it_is_parsed",
+        f"{MANIFEST}::test_a_pickle_bomb_in_a_tampered_manifest_does_not_go_off",
+    ],
+    "checkpoints: a newer format": [f"{MANIFEST}::test_a_newer_format_is_said_to_be_newer"],
+    "checkpoints: a reduction that raises, recurses without end or returns rubbish": [
+        f"{HOSTILE}::test_what_an_object_does_of_its_own_takes_only_itself_down",
+        f"{HOSTILE}::test_a_path_without_end_is_told_in_short",
+    ],
+    "checkpoints: a reduction that sleeps": [
+        f"{HOSTILE}::test_code_that_does_not_end_is_given_up",
+        f"{HOSTILE}::test_a_timer_of_the_notebook_is_left_alone",
+        f"{KERNEL_TOO}::test_saving_is_ended_by_a_second_interrupt",
+    ],
+    "checkpoints: comparing, hashing, printing, measuring that raises, lies or sleeps": [
+        f"{HOSTILE}::test_comparing_printing_and_measuring_do_not_matter",
+    ],
+    "checkpoints: a hundred nested closures": [f"{HOSTILE}::test_odd_but_ordinary_code_comes_back"],
+    "checkpoints: a variable that a thread changes": [
+        f"{HOSTILE}::test_variables_that_a_thread_changes_are_kept_or_refused",
+    ],
+    "checkpoints: very large objects, by the same path in small": [
+        "unit/checkpoint/test_mapped.py::test_untouched_memory_is_known_by_its_chunks_and_not_read",
+        f"{BLOBS}::test_chunks_are_mapped_side_by_side",
+        f"{BLOBS}::test_mapping_takes_no_memory_until_it_is_touched",
+    ],
+    "checkpoints: a million variables": [f"{KERNEL_TOO}::test_a_namespace_of_very_many_variables"],
 }
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
 

@@ -15,7 +15,7 @@ import pytest
 from nbdurable.settings import Home
 from tests.tools import notebooks
 from tests.tools.kernels import Kernel, Reply
-from tests.tools.processes import Coordinator
+from tests.tools.processes import Coordinator, until
 
 LOAD = "%load_ext nbdurable"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
@@ -141,6 +141,40 @@ def test_nothing_is_built_on_a_damaged_array(kernel: Kernel, home_of_kernel: Hom
     kernel.run(LOAD)
     kernel.run(cell, "c")
     assert kernel.value("int(big.sum())") == str(sum(range(400_000)))
+
+
+def test_a_namespace_of_very_many_variables(kernel: Kernel) -> None:
+    """A step that leaves more than a checkpoint holds is told so; others go on beside what it left."""
+    cell = "%%step many\nfor number in range(60_000): globals()[f'v{number}'] = number"
+    assert "✓ small" in kernel.run("%%step small\nx = 1", "s").notes
+    said = refused(kernel.run(cell, "m"), "StepUsageError")
+    assert "wrote 60,001 variables" in said
+    assert "one dict or list" in said
+    assert "✓ next" in kernel.run("%%step next\ny = v7", "n").notes
+    assert "↺ small" in kernel.run("%%step small\nx = 1", "s").notes
+
+
+def test_saving_is_ended_by_a_second_interrupt(kernel: Kernel, tmp_path: Path) -> None:
+    """An object whose reduction does not end holds nobody up; what was kept before is there, the kernel is alive."""
+    flag = tmp_path / "saving"
+    assert "✓ small" in kernel.run("%%step small\nx = 1", "s").notes
+    cell = (
+        "%%step slow\nimport pathlib, time\nclass A:\n    def __reduce__(self):\n"
+        f"        while True: time.sleep(0.02); pathlib.Path({str(flag)!r}).touch()\nv = A()"
+    )
+    sent = kernel.send(cell, "w")
+    until(flag.exists, what="the object is looked at")
+    kernel.interrupt()
+    flag.unlink()
+    until(flag.exists, what="the first interrupt is held back")
+    kernel.interrupt()
+    reply = kernel.collect(sent)
+    assert reply.content["ename"] == "KeyboardInterrupt"
+    assert "nothing was kept" in reply.error
+    assert "did not finish" in reply.notes
+    assert kernel.value("x") == "1"
+    kernel.run("del v")
+    assert "↺ small" in kernel.run("%%step small\nx = 1", "s").notes
 
 
 def test_a_coordinator_that_refuses_is_told_in_the_kernel(kernel: Kernel, home_of_kernel: Home) -> None:
