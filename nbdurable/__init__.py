@@ -12,7 +12,19 @@ _HOMES = {
     "approve_async": "nbdurable.kernel.waits",
     "sleep": "nbdurable.kernel.waits",
     "sleep_async": "nbdurable.kernel.waits",
+    "sleep_until": "nbdurable.kernel.waits",
+    "sleep_until_async": "nbdurable.kernel.waits",
+    "wait_for": "nbdurable.kernel.waits",
+    "wait_for_async": "nbdurable.kernel.waits",
+    "first_of": "nbdurable.kernel.waits",
+    "first_of_async": "nbdurable.kernel.waits",
+    "all_of": "nbdurable.kernel.waits",
+    "all_of_async": "nbdurable.kernel.waits",
+    "approval": "nbdurable.kernel.waits",
+    "event": "nbdurable.kernel.waits",
+    "timer": "nbdurable.kernel.waits",
     "Decision": "nbdurable.kernel.waits",
+    "WaitTimeout": "nbdurable.errors",
     "current_run": "nbdurable.kernel.context",
     "result": "nbdurable.kernel.context",
     "skip_rest": "nbdurable.kernel.context",
@@ -29,26 +41,55 @@ __all__ = [
     "Client",
     "Decision",
     "DurableError",
+    "WaitTimeout",
+    "all_of",
+    "all_of_async",
+    "approval",
     "approve",
     "approve_async",
     "current_run",
+    "event",
+    "first_of",
+    "first_of_async",
     "load",
     "recipe",
     "result",
     "skip_rest",
     "sleep",
     "sleep_async",
+    "sleep_until",
+    "sleep_until_async",
     "step",
+    "timer",
+    "wait_for",
+    "wait_for_async",
 ]
 
 if TYPE_CHECKING:
     from nbdurable.client import Client
-    from nbdurable.errors import DurableError
+    from nbdurable.errors import DurableError, WaitTimeout
     from nbdurable.kernel.calls import step
     from nbdurable.kernel.context import current_run, result, skip_rest
     from nbdurable.kernel.recipes import recipe
     from nbdurable.kernel.travel import load
-    from nbdurable.kernel.waits import Decision, approve, approve_async, sleep, sleep_async
+    from nbdurable.kernel.waits import (
+        Decision,
+        all_of,
+        all_of_async,
+        approval,
+        approve,
+        approve_async,
+        event,
+        first_of,
+        first_of_async,
+        sleep,
+        sleep_async,
+        sleep_until,
+        sleep_until_async,
+        timer,
+        wait_for,
+        wait_for_async,
+    )
 
 
 def __getattr__(name: str) -> Any:

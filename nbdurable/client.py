@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -22,8 +23,9 @@ from httptools import HttpParserError, HttpResponseParser
 
 from nbdurable import __version__, contract, processes
 from nbdurable.contract import Endpoint
-from nbdurable.errors import CoordinatorError, CoordinatorUnreachable, DurableError, from_wire
-from nbdurable.models import Event, Shape
+from nbdurable.errors import CoordinatorError, CoordinatorUnreachable, DurableError, UsageError, from_wire
+from nbdurable.models import Event, Sent, Shape
+from nbdurable.policies import seconds, span
 from nbdurable.security import load_token
 from nbdurable.settings import Home, find_home
 from nbdurable.telemetry import fault_point
@@ -84,6 +86,42 @@ class Client:
             on_sent=_commit_sent if endpoint is contract.COMMIT_STEP else None,
         )
         return endpoint.answer.model_validate_json(response.body)
+
+    def send(
+        self,
+        event: str,
+        payload: Any = None,
+        *,
+        idempotency_key: str | None = None,
+        ttl: str | float | timedelta = contract.EVENT_LIFE_S,
+        by: str = "",
+    ) -> Sent:
+        """Send an event to every run that waits for it (`durable.wait_for`) and whose match it fits.
+
+        It is kept for `ttl` (7 days; at most 30): a wait that opens within that time takes the oldest event that
+        fits it and that its run has not taken before. So each run gets it at most once, and it matters not which
+        came first, the event or the wait; `ttl=0` reaches only those who wait now. `payload`: JSON. The same
+        `idempotency_key` (per event name, for 7 days or `ttl`) sends once; with another payload it raises Conflict.
+        Raises UsageError for a payload that is no JSON, is larger than 1 MB, or does not fit the schema of the runs
+        that wait for it: then nothing is sent.
+        """
+        try:
+            json.dumps(payload, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"the payload of {event!r} is not JSON: {error}",
+                todo="send text, numbers, lists and dicts; nothing was sent",
+            ) from None
+        ttl_s = seconds(ttl)
+        if not 0 < len(event) <= 200 or ttl_s > contract.MAX_EVENT_LIFE_S:
+            raise UsageError(
+                f"the event {event[:200]!r} can't be sent so, with a ttl of {span(ttl_s)}",
+                todo="a name has 1 to 200 characters, and `ttl` is at most 30d; nothing was sent",
+            )
+        question = contract.SendEvent(
+            event=event, payload=payload, idempotency_key=idempotency_key, ttl_s=ttl_s, by=by
+        )
+        return self.call(contract.SEND_EVENT, question)
 
     def page(self, path: str) -> str:
         """Return one of the coordinator's own pages, such as `/docs` or `/openapi.json`."""
@@ -308,8 +346,8 @@ def _encode(endpoint: Endpoint[Any, Any], question: Shape) -> tuple[str, bytes]:
 
 
 def _repeatable(question: Shape) -> Shape:
-    """Give a wish for a new run a key, so that repeating it after a lost answer makes no second run."""
-    if isinstance(question, contract.CreateRun) and question.idempotency_key is None:
+    """Give a new run or event a key, so that repeating the wish after a lost answer makes no second one."""
+    if isinstance(question, contract.CreateRun | contract.SendEvent) and question.idempotency_key is None:
         return question.model_copy(update={"idempotency_key": f"request-{uuid.uuid4().hex}"})
     return question
 

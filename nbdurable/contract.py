@@ -26,11 +26,13 @@ from nbdurable.models import (
     Run,
     RunDetail,
     RunStatus,
+    Sent,
     Shape,
     SignedManifest,
     Step,
     Variable,
     Wait,
+    WaitDefault,
     WaitKind,
     WaitStatus,
 )
@@ -39,6 +41,8 @@ Question = TypeVar("Question", bound=Shape)
 Answer = TypeVar("Answer", bound=Shape)
 
 HOLD_S = 20.0  # longest time that a long poll is held
+EVENT_LIFE_S = 7 * 86_400.0  # how long a sent event is kept for runs that will wait for it
+MAX_EVENT_LIFE_S = 30 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -370,12 +374,13 @@ class StepDetail(Shape):
 # Waits -----------------------------------------------------------------------------------------------------
 
 
-class OpenWait(Shape):
-    """Open a wait, or return the one that (run, key) has already, answered or not."""
+class WaitSpec(Shape):
+    """A wait before it is opened; the fields mean what they mean in `Wait`.
 
-    run_id: str
-    epoch: int
-    key: str
+    A moment is given as seconds from now (`…_in_s`), or as seconds since the epoch (`…_at`).
+    """
+
+    key: str = ""
     kind: WaitKind
     title: str
     step: str | None = None
@@ -384,6 +389,35 @@ class OpenWait(Shape):
     form: dict[str, Any] | None = None
     tags: tuple[str, ...] = ()
     due_in_s: float | None = None  # timers
+    due_at: float | None = None
+    event: str | None = None
+    match: dict[str, Any] = Field(default_factory=dict)
+    deadline_in_s: float | None = None
+    deadline_at: float | None = None
+    default: WaitDefault | None = None
+    reviewers: tuple[str, ...] = ()
+    remind_every_s: float | None = None
+    callback: str | None = None
+    is_secret: bool = False
+
+
+class OpenWait(WaitSpec):
+    """Open a wait, or return the one that (run, key) has already, answered or not."""
+
+    run_id: str
+    epoch: int
+
+
+class OpenGate(Shape):
+    """Open several waits together, or return those that (run, key) have already, answered or not.
+
+    `first`: one answer is enough; it cancels the others in the same transaction.
+    """
+
+    run_id: str
+    epoch: int
+    waits: tuple[WaitSpec, ...] = Field(min_length=1)
+    first: bool = False
 
 
 class ReadWait(Shape):
@@ -403,7 +437,7 @@ class Waits(Shape):
 
 
 class AnswerWait(Shape):
-    """Answer an approval, once. AlreadyAnswered says by whom; the same `nonce` gets the first answer."""
+    """Answer an approval or a question, once. AlreadyAnswered says by whom; the same `nonce` gets the first answer."""
 
     wait_id: str
     approved: bool
@@ -412,6 +446,31 @@ class AnswerWait(Shape):
     by: str
     comment: str = ""
     nonce: str  # chosen by the client, so that a repeated request is known
+
+
+class AnswerCallback(Shape):
+    """Answer the one wait whose callback URL ends with this secret, once."""
+
+    secret: str
+    approved: bool = True
+    value: JSON = None
+    edited: bool = False
+    by: str = "callback"
+    comment: str = ""
+
+
+class SendEvent(Shape):
+    """Send an event to every run that waits for it and whose match it fits.
+
+    For `ttl_s` it is also kept for waits that open later: each run takes it at most once. The same
+    `idempotency_key` with the same payload gets the first answer, with another one Conflict.
+    """
+
+    event: str = Field(min_length=1, max_length=200)
+    payload: JSON = None
+    idempotency_key: str | None = None
+    ttl_s: float = Field(EVENT_LIFE_S, ge=0, le=MAX_EVENT_LIFE_S)
+    by: str = ""
 
 
 # Space and time travel -------------------------------------------------------------------------------------
@@ -559,7 +618,12 @@ GET_STEP = Endpoint("GET", "/v1/runs/{run_id}/step", ReadStep, StepDetail, "Show
 OPEN_WAIT = Endpoint("POST", "/v1/runs/{run_id}/waits", OpenWait, Wait, "Open a wait.")
 LIST_WAITS = Endpoint("GET", "/v1/waits", ListWaits, Waits, "List waits, oldest first.")
 GET_WAIT = Endpoint("GET", "/v1/waits/{wait_id}", ReadWait, Wait, "Show a wait, or wait for its answer.")
+OPEN_GATE = Endpoint("POST", "/v1/runs/{run_id}/gates", OpenGate, Waits, "Open several waits together.")
 ANSWER_WAIT = Endpoint("POST", "/v1/waits/{wait_id}/answer", AnswerWait, Wait, "Approve or reject.")
+ANSWER_CALLBACK = Endpoint(
+    "POST", "/v1/callbacks/{secret}", AnswerCallback, Nothing, "Answer a wait by its callback's secret."
+)
+SEND_EVENT = Endpoint("POST", "/v1/events", SendEvent, Sent, "Send an event to the runs that wait for it.")
 SPACE = Endpoint("GET", "/v1/space", ReadSpace, Space, "Say what takes how much space.")
 CLEAN = Endpoint("POST", "/v1/clean", Clean, Cleaned, "Remove what no kept run needs, or say what would go.")
 STATE = Endpoint("GET", "/v1/runs/{run_id}/state", ReadState, State, "Read a run's state as of a step.")

@@ -5,6 +5,7 @@
     │   ├── StepUsageError      a `%%step` line, or a step cell, that can't be used
     │   ├── NotebookError       a notebook that is missing, damaged, too old, or has no such kernel
     │   └── ParameterError      an unknown parameter, or one that can't be passed
+    ├── WaitTimeout             nobody answered a wait in time (a TimeoutError as well)
     ├── NotFound                no run, step or wait of that name
     ├── Conflict                the object is in a state that forbids it
     │   ├── IllegalMove         the life of a run does not allow it
@@ -81,6 +82,10 @@ class NotebookError(UsageError):
 
 class ParameterError(UsageError):
     """This parameter can't be passed"""
+
+
+class WaitTimeout(DurableError, TimeoutError):
+    """Nobody answered this wait in time"""
 
 
 class NotFound(DurableError):

@@ -50,7 +50,15 @@ class StepStatus(StrEnum):
 
 class WaitKind(StrEnum):
     APPROVAL = "approval"
+    QUESTION = "question"  # a headless `input()` or `getpass()`: answered with text
+    EVENT = "event"
     TIMER = "timer"
+    CHILD = "child"
+
+    @property
+    def is_for_people(self) -> bool:
+        """Tell whether a person answers it, and not time or another program."""
+        return self in (WaitKind.APPROVAL, WaitKind.QUESTION)
 
 
 class WaitStatus(StrEnum):
@@ -124,15 +132,25 @@ class Step(Shape):
     removed: str = ""  # why its checkpoint was removed, where it was: the step can't be restored any more
 
 
+class WaitDefault(Shape):
+    """What time answers where nobody did until the deadline."""
+
+    approved: bool = True
+    value: JSON = None
+    edited: bool = False  # whether `value` replaces the proposed one
+
+
 class WaitAnswer(Shape):
     """The one answer to a wait."""
 
     approved: bool
-    value: JSON = None  # what the gate returns: the proposed value, or the edited one
+    value: JSON = None  # what the gate returns: the proposed value, or the edited one; the event's payload
     edited: bool = False
-    by: str
+    by: str  # who; `timer`, `event`, or `deadline` for what time answered
     comment: str = ""
     at: float
+    timed_out: bool = False  # nobody answered until the deadline, and there was no default
+    event_seq: int | None = None  # the event that answered it
 
 
 class Wait(Shape):
@@ -147,11 +165,39 @@ class Wait(Shape):
     step: str | None = None
     value: JSON = None  # the proposed value where it is JSON, else None
     preview: str = ""  # the value as text, bounded
-    form: dict[str, Any] | None = None  # JSON schema that an edited value must satisfy
+    form: dict[str, Any] | None = None  # JSON schema that the value of an answer must satisfy
     tags: tuple[str, ...] = ()
     due_at: float | None = None  # timers: when it is over
+    event: str | None = None  # events: the name of the one that answers it
+    match: dict[str, Any] = Field(default_factory=dict)  # events: paths and values that its payload must have
+    group: str | None = None  # of waits of which one answer is enough: it cancels the others
+    deadline_at: float | None = None  # when time answers, with `default` or without
+    default: WaitDefault | None = None
+    reviewers: tuple[str, ...] = ()  # names of those who may answer; empty: anybody
+    remind_every_s: float | None = None
+    remind_at: float | None = None  # when the next reminder is due
+    reminders: int = 0  # how many there were
+    callback: str | None = None  # digest of the secret with which its callback URL ends
+    is_secret: bool = False  # its answer is kept in memory only, and shown nowhere
+    misfit_seq: int = 0  # events: the newest one that was kept out, its payload being no answer
     created_at: float
     answer: WaitAnswer | None = None
+
+    @property
+    def next_at(self) -> float | None:
+        """Return when time has something to do with it: it is over, answers it, or reminds of it."""
+        moments = [at for at in (self.due_at, self.deadline_at, self.remind_at) if at is not None]
+        return min(moments, default=None)
+
+
+class Sent(Shape):
+    """An event that somebody sent; kept for runs that will wait for it."""
+
+    seq: int
+    event: str
+    at: float
+    expires_at: float  # until when a wait that opens takes it
+    runs: tuple[str, ...] = ()  # that have taken it so far
 
 
 class Progress(Shape):

@@ -7,6 +7,7 @@ time.
 
 from __future__ import annotations
 
+import base64
 import hmac
 import os
 import secrets
@@ -144,6 +145,17 @@ def check_token(expected: str, header: str | None) -> None:
             todo="clients read the token from the project's `.nbdurable/token`: is it of another project, or was the "
             "file replaced while the coordinator ran? `nbdurable down`, and try again",
         )
+
+
+def callback_secret(key: bytes, run_id: str, wait_key: str) -> str:
+    """Return the secret with which a wait's callback URL ends: made from the project's key, and kept nowhere."""
+    made = hmac.new(key, f"callback {run_id} {wait_key}".encode(), sha256).digest()
+    return base64.urlsafe_b64encode(made).decode().rstrip("=")
+
+
+def digest_of(secret: str) -> str:
+    """Return what may be stored of a secret."""
+    return sha256(secret.encode()).hexdigest()
 
 
 def sign(text: str, key: bytes) -> SignedManifest:

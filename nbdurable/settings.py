@@ -38,6 +38,10 @@ class Settings(BaseModel):
     """Seconds without work or clients after which a coordinator that a client started ends."""
     cancel_grace_s: float = 10.0
     """Seconds that an interrupted kernel has before a cancelled run's kernel is killed."""
+    questions: bool = True
+    """Whether a headless `input()` or `getpass()` waits for an answer; else it fails as in papermill."""
+    pages_url: str = ""
+    """Address under which others reach the pages, e.g. of a tunnel: callback URLs begin with it."""
     dashboard_port: int = 8977
     """Port of the pages on the loopback interface; the next free one is taken where it is in use."""
 

@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nbdurable.cli import INTERRUPTED, parameters
 from nbdurable.cli.project import approval_page, choose_home, connect, hint, with_output
-from nbdurable.cli.screen import Screen, warn
+from nbdurable.cli.screen import Screen, clock, warn
 from nbdurable.contract import (
     ANSWER_WAIT,
     CANCEL_RUN,
@@ -43,7 +43,7 @@ from nbdurable.contract import (
     ReadWait,
 )
 from nbdurable.errors import DurableError, UsageError
-from nbdurable.models import RunStatus, WaitStatus
+from nbdurable.models import RunStatus, WaitKind, WaitStatus
 from nbdurable.settings import find_home
 
 
@@ -103,6 +103,9 @@ RunId = Annotated[
 ]
 WaitId = Annotated[
     str, typer.Argument(metavar="WAIT", help="An approval's id, as `nbdurable waits` lists it.")
+]
+By = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Who answers or sends (default: this machine's user).")
 ]
 Comment = Annotated[str, typer.Option(metavar="TEXT", help="What the answer's reader should know.")]
 
@@ -397,28 +400,98 @@ def approve(
         str | None, typer.Option(metavar="JSON", help="Approve with this value instead of the proposed one.")
     ] = None,
     comment: Comment = "",
+    by: By = None,
     as_json: Json = False,
 ) -> None:
-    """Approve; the run goes on by itself."""
-    _answer(wait, approved=True, value=value, comment=comment, as_json=as_json)
+    """Approve; the run goes on by itself.
+
+    Where the approval has a form, the value must fit it: `nbdurable waits --json` shows its JSON schema.
+    """
+    edited = None if value is None else _json(value, "--value", """--value '"text"'""")
+    _answer(
+        wait, approved=True, edit=value is not None, value=edited, comment=comment, by=by, as_json=as_json
+    )
 
 
 @app.command(epilog='Example: nbdurable reject 7K2MXD --comment "the numbers are last year\'s"')
-def reject(wait: WaitId, comment: Comment = "", as_json: Json = False) -> None:
+def reject(wait: WaitId, comment: Comment = "", by: By = None, as_json: Json = False) -> None:
     """Reject; the run goes on by itself and learns of it."""
-    _answer(wait, approved=False, value=None, comment=comment, as_json=as_json)
+    _answer(wait, approved=False, comment=comment, by=by, as_json=as_json)
 
 
-def _answer(wait_id: str, *, approved: bool, value: str | None, comment: str, as_json: bool) -> None:
-    edited: Any = None
-    if value is not None:
-        try:
-            edited = json.loads(value)
-        except ValueError as error:
-            raise UsageError(
-                f"--value is not JSON: {error}",
-                todo="""nothing was answered. Text needs its own quotes: --value '"text"'""",
-            ) from None
+@app.command(epilog="Example: nbdurable answer 7K2MXD Berlin")
+def answer(
+    wait: Annotated[
+        str, typer.Argument(metavar="WAIT", help="A question's id, as `nbdurable waits` lists it.")
+    ],
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="The answer (default: it is asked for here).")
+    ] = None,
+    by: By = None,
+    as_json: Json = False,
+) -> None:
+    """Answer what `input()` or `getpass()` asks in a headless run.
+
+    A password is better typed here than given as TEXT, which the shell's history keeps. It is never stored.
+    """
+    if text is None:
+        found = connect().call(GET_WAIT, ReadWait(wait_id=wait))
+        text = typer.prompt(found.title, hide_input=found.is_secret, prompt_suffix=" ", err=True)
+    _answer(wait, approved=True, edit=True, value=text, by=by, as_json=as_json)
+
+
+@app.command(epilog="""Example: nbdurable send invoice-paid '{"order": 7}' --key payment-4711""")
+def send(
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="The event's name.")],
+    payload: Annotated[
+        str | None, typer.Argument(metavar="JSON", help="What it carries; - reads it from stdin.")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", "--idempotency-key", metavar="K", help="Sent twice with it, it counts once."),
+    ] = None,
+    ttl: Annotated[
+        str, typer.Option(metavar="TIME", help="How long runs that are yet to wait for it get it.")
+    ] = "7d",
+    by: By = None,
+    as_json: Json = False,
+) -> None:
+    """Send an event to every run that waits for it, or will within its time to live.
+
+    Each run takes it at most once: `durable.wait_for(EVENT, match=...)` says which of its name it takes.
+    """
+    text = sys.stdin.read() if payload == "-" else payload
+    found = None if text is None else _json(text, "JSON", """'"text"'""")
+    sent = connect(existing=False).send(event, found, idempotency_key=key, ttl=ttl, by=by or _user())
+    screen = Screen(json=as_json)
+    runs = ", ".join(run[-8:] for run in sent.runs)
+    until = f"it is kept until {clock(sent.expires_at)}" if sent.expires_at > sent.at else "it is not kept"
+    screen.say(
+        f"sent {event}: " + (f"run {runs} goes on; {until}" if runs else f"no run waits for it now; {until}")
+    )
+    if as_json:
+        screen.data(sent)
+
+
+def _json(text: str, what: str, quoted: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{what} is not JSON: {error}", todo=f"nothing was answered. Text needs its own quotes: {quoted}"
+        ) from None
+
+
+def _answer(
+    wait_id: str,
+    *,
+    approved: bool,
+    edit: bool = False,
+    value: Any = None,
+    comment: str = "",
+    by: str | None,
+    as_json: bool,
+) -> None:
     client = connect()
     found = client.call(GET_WAIT, ReadWait(wait_id=wait_id))
     answered = client.call(
@@ -426,15 +499,17 @@ def _answer(wait_id: str, *, approved: bool, value: str | None, comment: str, as
         AnswerWait(
             wait_id=found.id,
             approved=approved,
-            value=edited if value is not None else found.value,
-            edited=value is not None,
-            by=_user(),
+            value=value if edit else found.value,
+            edited=edit,
+            by=by or _user(),
             comment=comment,
             nonce=uuid.uuid4().hex,
         ),
     )
     screen = Screen(json=as_json)
-    word = "rejected" if not approved else "approved with another value" if value is not None else "approved"
+    word = "rejected" if not approved else "approved with another value" if edit else "approved"
+    if answered.kind is WaitKind.QUESTION:
+        word = "answered" if approved else "refused"
     screen.say(f"{word}: “{answered.title}”. Run {answered.run_id[-8:]} goes on by itself.")
     if as_json:
         screen.data(answered)

@@ -114,6 +114,21 @@ class Story:
         if wait.kind is WaitKind.TIMER:
             until = f"sleeps until {clock(wait.due_at)}" if wait.due_at else "sleeps"
             return (("⏸", "cyan"), name, until, (" · goes on by itself", "dim"))
+        if not wait.kind.is_for_people:
+            command = self._command(f"send {wait.event}") if wait.event else ""
+            return (
+                ("⏸", "cyan"),
+                name,
+                f"waits for {clip(wait.title)}",
+                *((f"  →  {command}",) if command else ()),
+            )
+        if wait.kind is WaitKind.QUESTION:
+            return (
+                ("⏸", "cyan"),
+                name,
+                f"asks “{clip(wait.title)}”  →  ",
+                (self._command(f"answer {wait.id}"), "bold"),
+            )
         page = self._address(wait)
         return (
             ("⏸", "cyan"),
@@ -132,7 +147,7 @@ def heading(run: Run) -> Line:
 def needs_person(run: RunDetail) -> bool:
     """Tell whether a run waits for a person; one that only sleeps goes on by itself."""
     return run.status is RunStatus.WAITING and any(
-        wait.kind is WaitKind.APPROVAL and wait.status is WaitStatus.OPEN for wait in run.waits
+        wait.kind.is_for_people and wait.status is WaitStatus.OPEN for wait in run.waits
     )
 
 

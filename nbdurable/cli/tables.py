@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -173,14 +174,21 @@ def print_waits(waits: Sequence[Wait], screen: Screen, command: Callable[[str], 
         screen.say("no run waits for anything")
         return
     _waits_table(waits, screen)
-    approvals = [wait for wait in waits if wait.kind is WaitKind.APPROVAL and wait.status is WaitStatus.OPEN]
-    if approvals:
-        screen.say(
-            "  → ",
-            (command(f"approve {approvals[0].id}"), "bold"),
-            " or ",
-            (command(f"reject {approvals[0].id}"), "bold"),
-        )
+    for kind in (WaitKind.APPROVAL, WaitKind.QUESTION, WaitKind.EVENT):
+        wait = next((w for w in waits if w.kind is kind and w.status is WaitStatus.OPEN), None)
+        if wait is not None:
+            words = [(command(words), "bold") for words in _ways_to_answer(wait)]
+            screen.say("  → ", words[0], *(part for word in words[1:] for part in (" or ", word)))
+
+
+def _ways_to_answer(wait: Wait) -> list[str]:
+    """Return the commands that answer a wait."""
+    if wait.kind is WaitKind.EVENT:
+        return [f"send {shlex.quote(str(wait.event))}"]
+    if wait.kind is WaitKind.QUESTION:
+        return [f"answer {wait.id} TEXT"]
+    approve = f"approve {wait.id}"
+    return [f"{approve} --value JSON" if wait.form and wait.value is None else approve, f"reject {wait.id}"]
 
 
 def _waits_table(waits: Sequence[Wait], screen: Screen) -> None:
@@ -193,18 +201,52 @@ def _waits_table(waits: Sequence[Wait], screen: Screen) -> None:
             wait.step or "",
             clip(wait.title),
             clock(wait.due_at) if wait.due_at else clip(wait.preview, 80),
+            _notes(wait),
         )
         for wait in waits
     ]
-    screen.table(("WAIT", "KIND", "STATUS", "RUN", "STEP", "TITLE", "VALUE"), rows)
+    screen.table(("WAIT", "KIND", "STATUS", "RUN", "STEP", "TITLE", "VALUE", "NOTES"), rows)
+
+
+def _notes(wait: Wait) -> str:
+    """Say who is asked, until when, what happens then, and what the answer must look like."""
+    notes = []
+    if wait.reviewers:
+        notes.append(f"asks {', '.join(wait.reviewers)}")
+    if wait.deadline_at is not None:
+        default = wait.default
+        then = (
+            ""
+            if default is None
+            else ", then it is approved"
+            if default.approved
+            else ", then it is rejected"
+        )
+        notes.append(f"until {clock(wait.deadline_at)}{then if wait.kind is WaitKind.APPROVAL else ''}")
+    if wait.reminders:
+        notes.append(f"reminded {wait.reminders}×")
+    if wait.form is not None and wait.kind is not WaitKind.QUESTION:
+        fields = ", ".join(wait.form.get("properties", ())) or str(wait.form.get("type", "JSON"))
+        notes.append(f"takes {fields}")
+    return clip(" · ".join(notes), 100)
+
+
+def _verdict(wait: Wait) -> str:
+    assert wait.answer is not None
+    if wait.answer.timed_out:
+        return "not answered in time: ended"
+    if wait.kind is WaitKind.APPROVAL:
+        return "approved" if wait.answer.approved else "rejected"
+    return "answered" if wait.answer.approved else "refused"
 
 
 def _print_answers(waits: Sequence[Wait], screen: Screen, home: Home) -> None:
     for wait in waits:
         if wait.answer:
-            word = "approved" if wait.answer.approved else "rejected"
             said = f": {clip(wait.answer.comment, 200)}" if wait.answer.comment else ""
-            screen.say(f"  {wait.id} {word} by {wait.answer.by} at {clock(wait.answer.at)}{said}")
+            screen.say(f"  {wait.id} {_verdict(wait)} by {wait.answer.by} at {clock(wait.answer.at)}{said}")
+        elif wait.kind is WaitKind.QUESTION and wait.status is WaitStatus.OPEN:
+            screen.say("  → ", (hint(home)(f"answer {wait.id} TEXT"), "bold"))
         elif wait.kind is WaitKind.APPROVAL and wait.status is WaitStatus.OPEN:
             page = approval_page(home)(wait)
             screen.say(

@@ -57,7 +57,7 @@ class Core:
         self.queued = Signal()
         self.waits: dict[str, Wait] = {}  # open ones
         self.waits_of: dict[str, set[str]] = {}  # run id → ids of its open waits
-        self.timers: dict[str, float] = {}  # wait id → when it is over
+        self.timers: dict[str, float] = {}  # wait id → when time has something to do with it
         self.stopping = False
         self.trouble = ""  # why the newest change could not be stored
         self._rebuild()
@@ -90,8 +90,10 @@ class Core:
         if wait.status is WaitStatus.OPEN:
             self.waits[wait.id] = wait
             self.waits_of.setdefault(wait.run_id, set()).add(wait.id)
-            if wait.due_at is not None:
-                self.timers[wait.id] = wait.due_at
+            if (at := wait.next_at) is not None:
+                self.timers[wait.id] = at
+            else:
+                self.timers.pop(wait.id, None)
         else:
             self.waits.pop(wait.id, None)
             self.timers.pop(wait.id, None)
@@ -240,6 +242,12 @@ class Core:
             live.fold = None
         live.changed.notify()
         return ticket.seqs
+
+    async def record(self, event: NewEvent) -> int:
+        """Make an event of the project's own history durable; return its sequence number."""
+        ticket = self.store.submit(Changes((event,)))
+        await self._stored(ticket)
+        return ticket.seqs[0]
 
     async def _stored(self, ticket: Ticket) -> None:
         """Wait until a change is durable; trouble is logged once, not at each try."""

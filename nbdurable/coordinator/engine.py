@@ -118,6 +118,7 @@ class Engine:
         """Act on what time brings: timers that are over, drivers that died, cancelled runs that go on."""
         if self._refusal() is not None:
             return
+        await self._waits.catch_up()
         now, elapsed = self._core.clock.now(), self._core.clock.elapsed()
         for wait_id in [wait_id for wait_id, due_at in self._core.timers.items() if due_at <= now]:
             await self._waits.time_over(wait_id)

@@ -45,6 +45,10 @@ class Kind(StrEnum):
     CHECKPOINTS_REMOVED = "checkpoints_removed"
     WAIT_OPENED = "wait_opened"
     WAIT_ANSWERED = "wait_answered"
+    WAIT_CANCELLED = "wait_cancelled"
+    WAIT_REMINDED = "wait_reminded"
+    WAIT_MISFIT = "wait_misfit"
+    EVENT_SENT = "event_sent"
 
 
 END_OF_DRIVING = frozenset(

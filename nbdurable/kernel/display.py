@@ -13,7 +13,7 @@ from typing import Any
 
 from nbdurable.models import Variable, Wait, WaitStatus
 from nbdurable.policies import size
-from nbdurable.settings import Home
+from nbdurable.settings import Home, Settings
 
 APPROVAL_MIME = "application/vnd.nbdurable.approval+json"
 _SHOWN = 4
@@ -64,13 +64,23 @@ def clock(at: float) -> str:
     return moment.strftime("%H:%M") if moment.date() == today else moment.strftime("%Y-%m-%d %H:%M")
 
 
-def _page(home: Home, wait: Wait) -> str | None:
-    """Return the address of the approval's page, where pages are served now."""
+def _served(home: Home) -> str | None:
+    """Return where pages are served now."""
     try:
-        url = json.loads(home.dashboard.read_text())["url"]
+        return str(json.loads(home.dashboard.read_text())["url"])
     except (OSError, ValueError, KeyError):
         return None
-    return f"{url}/ui/approvals/{wait.id}"
+
+
+def pages(home: Home, settings: Settings) -> str:
+    """Return the address under which others reach the pages, or would once they are up."""
+    return settings.pages_url.rstrip("/") or _served(home) or f"http://127.0.0.1:{settings.dashboard_port}"
+
+
+def _page(home: Home, wait: Wait) -> str | None:
+    """Return the address of the approval's page, where pages are served now."""
+    url = _served(home)
+    return f"{url}/ui/approvals/{wait.id}" if url else None
 
 
 def decided(wait: Wait) -> str:

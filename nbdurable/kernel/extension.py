@@ -25,7 +25,7 @@ def load_ipython_extension(shell: Any) -> None:
     global _steps
     if _steps is not None:
         return
-    from nbdurable.kernel import magics
+    from nbdurable.kernel import magics, questions
 
     found = Session(shell)
     greeting = None if found.headless else magics.greet(found)
@@ -37,6 +37,7 @@ def load_ipython_extension(shell: Any) -> None:
     shell.events.register("pre_run_cell", _steps.pre_run_cell)
     shell.events.register("post_run_cell", _steps.post_run_cell)
     shell.register_magics(magics.DurableMagics(shell, found))
+    questions.install(found)
     if greeting is not None:
         display.say(shell, greeting)
 
@@ -51,6 +52,10 @@ def unload_ipython_extension(shell: Any) -> None:
     shell.events.unregister("pre_run_cell", _steps.pre_run_cell)
     shell.events.unregister("post_run_cell", _steps.post_run_cell)
     shell.user_ns.pop(HOOK, None)
+
+    from nbdurable.kernel import questions
+
+    questions.uninstall(_steps.session)
     _steps.session.close()
     session.set_current(None)
     _steps = None

@@ -214,8 +214,9 @@ def _steps(count: int) -> str:
 
 
 def _awaited(wait: Wait) -> str:
-    if wait.kind is WaitKind.APPROVAL:
-        return f"{wait.title}  →  nbdurable approve {wait.id}"
+    if wait.kind.is_for_people:
+        word = "approve" if wait.kind is WaitKind.APPROVAL else "answer"
+        return f"{wait.title}  →  nbdurable {word} {wait.id}"
     return f"{wait.title}, until {display.clock(wait.due_at)}" if wait.due_at else wait.title
 
 

@@ -118,18 +118,25 @@ def _root(node: ast.expr) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-GATE_CALL = re.compile(r"\b(approve|sleep)(_async)?\s*\(")
-_GATES = {"approve", "approve_async", "sleep", "sleep_async"}
+_VERBS = ("approve", "sleep", "sleep_until", "wait_for", "first_of", "all_of")
+GATE_CALL = re.compile(rf"\b({'|'.join(_VERBS)})(_async)?\s*\(")
+QUESTION_CALL = re.compile(r"\b(input|getpass)\s*\(")
+_GATES = {*_VERBS, *(f"{verb}_async" for verb in _VERBS)}
 
 
-def may_wait(node: ast.stmt, values: Mapping[str, Any], helpers: Collection[str]) -> bool:
+def may_wait(
+    node: ast.stmt, values: Mapping[str, Any], helpers: Collection[str], *, asks: bool = False
+) -> bool:
     """Tell whether a statement may reach a gate: it calls one, or it mentions one of `helpers`, which do.
 
-    `values`: the namespace, which tells `durable.sleep` from `time.sleep`. A magic's text counts as it reads.
+    `values`: the namespace, which tells `durable.sleep` from `time.sleep`. A magic's text counts as it reads. `asks`:
+    whether `input()` and `getpass()` are gates.
     """
     for part in ast.walk(node):
         match part:
             case ast.Name(id=name) if name in helpers:
+                return True
+            case ast.Call() if asks and QUESTION_CALL.search(f"{ast.unparse(part.func)}("):
                 return True
             case ast.Call(func=ast.Name(id=name)) if name in _GATES:
                 if getattr(values.get(name), "__module__", "nbdurable").startswith("nbdurable"):

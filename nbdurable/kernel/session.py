@@ -155,6 +155,11 @@ class Session:
         assert self.run is not None
         return self.run
 
+    @property
+    def asks(self) -> bool:
+        """Tell whether `input()` and `getpass()` become waits: nobody sits in front of a headless run."""
+        return self.headless and self.settings.questions
+
     def new_client(self) -> Client:
         """Return another client, for a thread that waits."""
         return Client(self.home)

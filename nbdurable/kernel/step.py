@@ -41,7 +41,16 @@ from nbdurable.kernel import display
 from nbdurable.kernel.execution import Execution, note_origins
 from nbdurable.kernel.foresight import read_cells
 from nbdurable.kernel.outputs import Output, replay
-from nbdurable.kernel.rewrite import GATE_CALL, HOOK, call, may_wait, take_marker, unmark, why_again
+from nbdurable.kernel.rewrite import (
+    GATE_CALL,
+    HOOK,
+    QUESTION_CALL,
+    call,
+    may_wait,
+    take_marker,
+    unmark,
+    why_again,
+)
 from nbdurable.kernel.session import Session
 from nbdurable.models import ErrorInfo, StepStatus, Variable
 from nbdurable.policies import span
@@ -326,10 +335,15 @@ class Steps:
 
     def _marked(self, body: list[ast.stmt], used: analysis.Uses, start: int = 0) -> list[ast.stmt]:
         """Return a step's statements from `start` on, with a mark before each that may reach a gate."""
-        waiting = {name for name, fact in used.helpers.items() if GATE_CALL.search(fact.source)}
+        asks = self.session.asks
+        waiting = {
+            name
+            for name, fact in used.helpers.items()
+            if GATE_CALL.search(fact.source) or (asks and QUESTION_CALL.search(fact.source))
+        }
         marked: list[ast.stmt] = []
         for index, node in enumerate(body[start:], start):
-            if may_wait(node, self.session.values, used.helpers.keys() if waiting else ()):
+            if may_wait(node, self.session.values, used.helpers.keys() if waiting else (), asks=asks):
                 marked.append(ast.copy_location(call("mark", index), node))
             marked.append(node)
         return marked

@@ -44,7 +44,7 @@ from nbdurable.settings import Home
 from nbdurable.store.database import Database, timestamp
 from nbdurable.store.journal import Journal
 from nbdurable.store.lock import SideLock
-from nbdurable.store.port import Changes, NewEvent, StoredCall, StoredCheckpoint, Ticket
+from nbdurable.store.port import Changes, NewEvent, StoredCall, StoredCheckpoint, StoredSent, Ticket
 from nbdurable.store.sql import load
 from nbdurable.telemetry import fault_point
 
@@ -362,6 +362,14 @@ class DuckDBStore:
     def waits(self, wanted: ListWaits) -> list[Wait]:
         """Return waits that match, oldest first."""
         return self._waits("waits", wanted.model_dump(mode="json"))
+
+    def sent_events(self, since: float) -> list[StoredSent]:
+        """Return the events that were sent at or after `since`, oldest first."""
+        return [StoredSent(*row) for row in self._rows("sent_events", {"since": timestamp(since)})]
+
+    def taken_events(self, since: float) -> list[tuple[int, str]]:
+        """Return which sent event (its number) which run took at or after `since`."""
+        return [(seq, run_id) for seq, run_id in self._rows("taken_events", {"since": timestamp(since)})]
 
     def query(self, wanted: Query) -> Table:
         """Run one SELECT of a person, read only, for at most 30 s.

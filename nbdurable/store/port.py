@@ -60,6 +60,18 @@ class StoredCall:
 
 
 @dataclass(frozen=True)
+class StoredSent:
+    """An event that somebody sent, without its payload. It stands in the history of no run (`run_id` is "")."""
+
+    seq: int
+    at: float
+    event: str
+    key: str | None
+    digest: str
+    expires_at: float
+
+
+@dataclass(frozen=True)
 class Ticket:
     """A submission: the sequence numbers of its events, and a future that resolves when it is on disk."""
 
@@ -113,6 +125,12 @@ class Store(Protocol):
     def wait(self, wait_id: str) -> Wait | None: ...
 
     def waits(self, wanted: ListWaits) -> list[Wait]: ...
+
+    def sent_events(self, since: float) -> list[StoredSent]:
+        """Return the events that were sent at or after `since`, oldest first."""
+
+    def taken_events(self, since: float) -> list[tuple[int, str]]:
+        """Return which sent event (its number) which run took at or after `since`."""
 
     def query(self, wanted: Query) -> Table:
         """Run one read-only statement; raises UsageError for anything else, files and network included."""

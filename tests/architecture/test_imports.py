@@ -40,6 +40,7 @@ DOORS = {
     "cloudpickle": {"checkpoint"},
     "pickle": {"checkpoint"},
     "psutil": {"processes"},
+    "jsonschema": {"coordinator"},
 }
 
 
@@ -133,16 +134,28 @@ def test_public_names() -> None:
         "Client",
         "Decision",
         "DurableError",
+        "WaitTimeout",
+        "all_of",
+        "all_of_async",
+        "approval",
         "approve",
         "approve_async",
         "current_run",
+        "event",
+        "first_of",
+        "first_of_async",
         "load",
         "recipe",
         "result",
         "skip_rest",
         "sleep",
         "sleep_async",
+        "sleep_until",
+        "sleep_until_async",
         "step",
+        "timer",
+        "wait_for",
+        "wait_for_async",
     ]
     for name in nbdurable.__all__:
         assert getattr(nbdurable, name) is not None

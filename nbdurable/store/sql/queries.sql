@@ -130,3 +130,16 @@ WHERE ($run_id IS NULL OR run_id = $run_id)
     AND ($status IS NULL OR status = $status)
     AND ($kind IS NULL OR kind = $kind)
 ORDER BY created_at, id LIMIT $limit
+
+-- name: sent_events
+SELECT
+    seq, epoch_us(occurred_at) / 1e6, data ->> 'event', data ->> 'key', data ->> 'digest',
+    (data -> 'expires_at')::DOUBLE
+FROM events
+WHERE run_id = '' AND kind = 'event_sent' AND occurred_at >= $since
+ORDER BY seq
+
+-- name: taken_events
+SELECT (body -> '$.answer.event_seq')::BIGINT, run_id FROM waits
+WHERE kind = 'event' AND status = 'answered' AND answered_at >= $since
+    AND (body ->> '$.answer.event_seq') IS NOT NULL
