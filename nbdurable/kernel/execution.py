@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Literal
 
 from nbdurable import contract
@@ -84,7 +83,7 @@ class Execution:
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
         self._mark: tuple[int, Captured] | None = None
-        self._frame: FrameType | None = None  # of the cell itself, noted at its marks
+        self._at: int | None = None  # the marked statement that runs now
         self._taps = ExitStack()
         self._began = time.perf_counter()
 
@@ -119,28 +118,22 @@ class Execution:
     def line_of_gate(self) -> tuple[int, int] | None:
         """Find the top-level statement, and its line, from which the caller was called.
 
-        A task or thread of the cell's counts as part of the statement that the cell is at. None where the cell has
-        not reached a statement that may wait.
+        A task or thread of the cell's counts as part of the statement that runs meanwhile, if that may wait; else None.
         """
-        cell = self._frame_of_cell() or self._frame
-        if cell is None:
-            return None
-        line = cell.f_lineno  # of a cell whose tasks run: the statement that awaits
-        for index, node in enumerate(self.body):
-            if node.lineno <= line <= (node.end_lineno or node.lineno):
-                return index, line
-        return None
-
-    def _frame_of_cell(self) -> FrameType | None:
-        """Return the frame of the cell itself, where the caller was called from it."""
-        found, frame = None, sys._getframe()
+        line: int | None = None
+        frame = sys._getframe()
         while frame is not None:
             if frame.f_globals is self.session.values and frame.f_code.co_name.startswith(
                 ("<module>", "<cell line")
             ):
-                found = frame  # the outermost one
+                line = frame.f_lineno  # the outermost one is the cell itself
             frame = frame.f_back  # type: ignore[assignment]
-        return found
+        if line is None:
+            return None if self._at is None else (self._at, self.body[self._at].lineno)
+        for index, node in enumerate(self.body):
+            if node.lineno <= line <= (node.end_lineno or node.lineno):
+                return index, line
+        return None
 
     def gate(self, proposal: str) -> str:
         """Return the key of the gate that was reached with this proposal.
@@ -171,7 +164,12 @@ class Execution:
         Not at the gate itself: the statement runs again from its beginning, and what it did before the gate must
         not be there twice.
         """
-        self._mark, self._frame = (statement, self._capture()), self._frame_of_cell()
+        self._at = statement
+        self._mark = (statement, self._capture())
+
+    def passed(self) -> None:
+        """Take note that the marked statement is over."""
+        self._at = None
 
     def written(self) -> tuple[set[str], set[str], dict[str, str], bool]:
         """Return what the step wrote and deleted so far, fingerprints, and whether random state moved."""

@@ -213,6 +213,11 @@ class Steps:
         assert self.execution is not None
         self.execution.mark(statement)
 
+    def passed(self) -> None:
+        """Take note that a statement that may wait is over."""
+        assert self.execution is not None
+        self.execution.passed()
+
     def note_recipe(self, name: str, value: Any, make: Any) -> None:
         """Note what makes a value again, which the cell that runs now binds to a variable."""
         session, execution = self.session, self.execution
@@ -334,7 +339,7 @@ class Steps:
         return tree
 
     def _marked(self, body: list[ast.stmt], used: analysis.Uses, start: int = 0) -> list[ast.stmt]:
-        """Return a step's statements from `start` on, with a mark before each that may reach a gate."""
+        """Return a step's statements from `start` on, with a mark before and behind each that may reach a gate."""
         asks = self.session.asks
         waiting = {
             name
@@ -343,9 +348,12 @@ class Steps:
         }
         marked: list[ast.stmt] = []
         for index, node in enumerate(body[start:], start):
-            if may_wait(node, self.session.values, used.helpers.keys() if waiting else (), asks=asks):
-                marked.append(ast.copy_location(call("mark", index), node))
-            marked.append(node)
+            if not may_wait(node, self.session.values, used.helpers.keys() if waiting else (), asks=asks):
+                marked.append(node)
+                continue
+            marked += [ast.copy_location(call("mark", index), node), node]
+            if node is not body[-1]:  # whose value the cell shows
+                marked.append(ast.copy_location(call("passed"), node))
         return marked
 
     def _forced(self, options: StepOptions) -> str | None:
