@@ -164,7 +164,7 @@ class Gate:
         name = self.execution.name if self.execution else "this cell"
         signal = Suspended(f"⏸ {name} {between.join(said)}")
         if self.execution is not None:
-            self.execution.suspended = signal
+            self.execution.signal = signal
         raise signal
 
     def _end(self, waits: list[Wait]) -> list[Wait]:

@@ -1,9 +1,8 @@
-"""Waits in real notebooks: several at once, events, forms, questions; nothing above a gate runs twice (guarantees 5, 6)."""
+"""Waits in real notebooks: several at once, events, forms, questions; nothing above a gate runs twice (guarantee 6)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from nbdurable.models import RunDetail, RunStatus, Wait, WaitStatus
 from nbdurable.runner.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
-from tests.tools.kernels import Kernel
 from tests.tools.processes import Coordinator
 
 DEADLINE_S = 90.0
@@ -35,7 +33,8 @@ AGENT = [
     ("race", "%%step race\njournal('race')\n"
              "first = durable.first_of(decision=durable.approval('x', title='Race?'), paid=durable.event('paid'))\n"
              "first = (first.name, first.result)"),
-    ("form", "%%step form\njournal('form')\nedit = durable.approve({'title': 'Draft'}, title='Form?', form=Edit).value"),
+    ("form", "%%step form\njournal('form')\n"
+             "edit = durable.approve({'title': 'Draft'}, title='Form?', form=Edit).value"),
     ("late", "%%step late\njournal('late')\ntry:\n    durable.wait_for('never', timeout='500ms')\n"
              "except durable.WaitTimeout as error:\n    late = str(error).splitlines()[0]"),
     ("end", "%%step end\ndurable.result(name=name, password=len(password), answers=answers, first=first,\n"
