@@ -95,6 +95,17 @@ def exists(pid: int) -> bool:
     return _start_time(pid) is not None
 
 
+def was_started_with(pid: int, *words: str) -> bool:
+    """Tell whether a living process has all of these words on its command line."""
+    import psutil
+
+    try:
+        line = psutil.Process(pid).cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+    return set(words) <= set(line)
+
+
 def end_tree(process: ProcessIdentity, grace_s: float = 2.0) -> None:
     """End a process of this host with its descendants: ask, and after `grace_s` seconds kill.
 

@@ -146,8 +146,11 @@ def _pages_process(home: Home) -> ProcessIdentity | None:
     """Return the process that serves the pages, None where they are not up."""
     if pages(home) is None:
         return None
+    pid = json.loads(home.dashboard.read_text(encoding="utf-8"))["pid"]
+    if not processes.was_started_with(pid, "nbdurable.dashboard", str(home.root)):
+        return None  # a copied or stale file may name any process
     with contextlib.suppress(ProcessLookupError):
-        return processes.identity("executor", json.loads(home.dashboard.read_text(encoding="utf-8"))["pid"])
+        return processes.identity("executor", pid)
     return None
 
 

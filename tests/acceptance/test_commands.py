@@ -356,6 +356,17 @@ def test_the_demo_kills_recovers_and_publishes(own_project: Project) -> None:
     assert not (own_project.home / "coordinator.json").exists()
 
 
+def test_down_ends_no_process_that_a_file_only_claims_to_be_the_pages(project: Project) -> None:
+    """Guarantee 11: a `dashboard.json` that was copied, or is stale, ends nobody else's process."""
+    project.home.mkdir(mode=0o700, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        claim = {"pid": other.pid, "url": "http://127.0.0.1:9"}
+        (project.home / "dashboard.json").write_text(json.dumps(claim))
+        assert project.run("down").returncode == 0
+        assert other.poll() is None
+        other.kill()
+
+
 def test_history_shows_what_a_run_said(project: Project) -> None:
     """Guarantee 10: each saying is a line of history, and `logs --events` prints it."""
     says = (
