@@ -719,8 +719,6 @@ class _Search:
             members = value
         else:
             members = self._attributes(value)
-        if set(map(type, members)) <= ATOMS:
-            return ()
         return [member for member in islice(members, _SCAN_OBJECTS) if type(member) not in ATOMS]
 
     def _attributes(self, value: Any) -> list[Any]:

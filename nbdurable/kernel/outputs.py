@@ -241,12 +241,15 @@ def _tap_plain_displays(shell: Any, recorder: Recorder) -> Callable[[], None]:
 
 def replay(shell: Any, outputs: list[Output]) -> None:
     """Display recorded outputs again, in order, as the cell that runs now."""
+    last: Any = None  # the stream that was written to last
     for output in outputs:
         match output["output_type"]:
             case "stream":
                 stream = getattr(sys, output["name"])
+                if last not in (None, stream):
+                    last.flush()  # a display, and the end of a cell, do so by themselves
+                last = stream
                 stream.write(output["text"])
-                stream.flush()
             case "display_data":
                 transient = {"display_id": output["display_id"]} if "display_id" in output else None
                 shell.display_pub.publish(output["data"], output["metadata"], transient=transient)
