@@ -1,8 +1,9 @@
-"""How long it takes to save a variable, to save it again, and to have it back; beside pickle 5, joblib and dill.
+"""How long it takes to save a variable, to save it again, and to have it back; beside five others.
 
-Run: `python -m tests.benchmarks.checkpoints [--size MB] [--only NAME …] [--no-peers]` (`pip install -e .[bench]`). All
-times are durable: with fsync. Everything is restored in a process of its own, whose memory is counted. Ours and the
-peers take turns on the same data, so that a noisy machine is noisy for all of them.
+Run: `python -m tests.benchmarks.checkpoints [--size MB] [--only NAME …] [--no-peers]` (`pip install -e .[bench]`).
+The others are pickle 5, joblib and dill, and in an environment of their own that is made once (`peers.py`), marimo's
+persistent cache and Kishu. All times are durable, with fsync, but marimo's. Everything is restored in a process of its
+own, whose memory is counted. Ours and the peers take turns on the same data, so that a noisy machine is noisy for all.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from nbdurable.checkpoint.restore import restore
 from nbdurable.checkpoint.save import save
 from nbdurable.checkpoint.track import Tracker
 from nbdurable.models import SignedManifest
+from tests.benchmarks import peers as apart
 from tests.benchmarks.table import Row, show
 
 COLUMNS = 20
@@ -245,16 +247,27 @@ def peer(name: str, kind: Data, size: int, folder: Path) -> dict[str, float]:
     value = kind.make(size)
     path = folder / name
     module = importlib.import_module(name)
-    first, _ = timed(lambda: _fsynced(path, lambda file: module.dump(value, file, protocol=5)))
-    found = {"first": first, "bytes": float(path.stat().st_size)}
+
+    def dump() -> float:
+        return timed(lambda: _fsynced(path, lambda file: module.dump(value, file, protocol=5)))[0]
+
+    found = {"first": dump(), "bytes": float(path.stat().st_size)}
     found |= restored(name, kind, folder)
+    found |= {"unchanged": dump(), "unchanged_bytes": float(path.stat().st_size)}
+    value = kind.change(value)
+    found |= {"changed": dump(), "changed_bytes": float(path.stat().st_size)}
     path.unlink()
     return found
 
 
+def name_of(kind: Data) -> str:
+    return next(name for name, item in KINDS.items() if item is kind)
+
+
 def restored(tool: str, kind: Data, folder: Path) -> dict[str, float]:
-    name = next(name for name, item in KINDS.items() if item is kind)
-    command = [sys.executable, "-m", "tests.benchmarks.checkpoints", "--restore", tool, name, str(folder)]
+    command = [
+        sys.executable, "-m", "tests.benchmarks.checkpoints", "--restore", tool, name_of(kind), str(folder)
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -319,7 +332,8 @@ def _mb(size: float) -> str:
 def rows_of(name: str, kind: Data, found: dict[str, Any]) -> list[Row]:
     mine, write, digest = found["ours"], found["limits"]["write"], found["limits"]["hash"]
     file = found.get("pickle")
-    rows = [Row(f"{name} ({_mb(mine['bytes'])} kept)", f"looked at in {_seconds(mine['look'])}")]
+    others = "others: first / unchanged / changed / restore; written by the first three"
+    rows = [Row(f"{name} ({_mb(mine['bytes'])} kept)", f"looked at in {_seconds(mine['look'])}", others)]
     big = kind.lazy
     per = mine["bytes"] / found["limits"]["bytes"]
     rows.append(
@@ -375,11 +389,14 @@ def rows_of(name: str, kind: Data, found: dict[str, Any]) -> list[Row]:
         rows.append(
             Row("  full pass", _seconds(mine["pass"]), f"{share:.2f} × memory", "≤ 1.3 ×", share <= 1.3)
         )
-    for tool in PEERS:
+    for tool in (*PEERS, *apart.TOOLS):
         if tool in found:
             other = found[tool]
-            figure = f"first {_seconds(other['first'])}, restore {_seconds(other['restore'])}"
-            rows.append(Row(f"  {tool}", figure, f"{_mb(other['bytes'])}, memory {_mb(other['resident'])}"))
+            phases = " / ".join(
+                _seconds(other[phase]) for phase in ("first", "unchanged", "changed", "restore")
+            )
+            written = " / ".join(_mb(other[what]) for what in ("bytes", "unchanged_bytes", "changed_bytes"))
+            rows.append(Row(f"  {tool}", phases, f"{written}, memory {_mb(other['resident'])}"))
         elif f"no {tool}" in found:
             rows.append(Row(f"  {tool}", found[f"no {tool}"]))
     return rows
@@ -387,12 +404,15 @@ def rows_of(name: str, kind: Data, found: dict[str, Any]) -> list[Row]:
 
 def measure(kind: Data, size: int, peers: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="nbdurable-bench-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="nbdurable-bench-") as root:
+        folder = Path(root)
         found["limits"] = limits(size, folder) | {"bytes": size}
         for tool in peers:
             try:
-                found[tool] = peer(tool, kind, size, folder)
+                if tool in PEERS:
+                    found[tool] = peer(tool, kind, size, folder)
+                else:
+                    found[tool] = apart.measure(tool, name_of(kind), size, folder)
             except Exception as error:
                 found[f"no {tool}"] = f"{type(error).__name__}: {str(error)[:60]}"
         found["ours"] = ours(kind, size, folder)
@@ -417,7 +437,9 @@ def main() -> None:
     raw: dict[str, object] = {}
     rows: list[Row] = []
     for name in options.only:
-        raw[name] = found = measure(KINDS[name], options.size << 20, () if options.no_peers else PEERS)
+        raw[name] = found = measure(
+            KINDS[name], options.size << 20, () if options.no_peers else (*PEERS, *apart.TOOLS)
+        )
         rows += rows_of(name, KINDS[name], found)
     show(f"checkpoints {options.size} MB", rows, raw)
 

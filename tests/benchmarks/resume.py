@@ -177,11 +177,12 @@ def main() -> None:
     rows = []
     for way, found in raw.items():
         whole, empty = statistics.median(found["resume"]), statistics.median(found["empty"])
+        each, floor = f"{whole / STEPS * 1e3:.1f} ms a step", f"{empty / STEPS * 1e3:.1f} ms a cell"
         jupyters = "papermill's engine" if way == "headless" else "the kernel"
         rows += [
             Row(f"{way}: {STEPS} steps, {options.size} MB, first run", f"{found['first']:.1f} s"),
-            Row("  resumed, first to last cell", f"{whole:.2f} s", f"{whole / STEPS * 1e3:.1f} ms a step", "≤ 1 s", whole <= 1),
-            Row(f"  of it {jupyters} for as many cells that do nothing", f"{empty:.2f} s", f"{empty / STEPS * 1e3:.1f} ms a cell"),
+            Row("  resumed, first to last cell", f"{whole:.2f} s", each, "≤ 1 s", whole <= 1),
+            Row(f"  of it {jupyters} for as many cells that do nothing", f"{empty:.2f} s", floor),
             Row("  memory after it", f"{statistics.median(found['rss']) / 1e6:.0f} MB"),
         ]  # fmt: skip
     show("resume", rows, raw)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,27 @@ def test_a_missing_or_damaged_blob_names_variable_and_step(tmp_path: Path) -> No
     with pytest.raises(BlobMissing, match=r"`train` needs it for `big`"):
         after.restore(signed)
     assert "small" not in after.namespace
+
+
+def test_what_was_restored_outlives_its_store(tmp_path: Path) -> None:
+    """Guarantees 7 and 10: who deletes the blobs below a running kernel takes nothing from it, and it can save again."""
+    cell = (
+        "array = np.arange(400_000.); view = array[5:]\nframe = pd.DataFrame({'n': array, 't': ['a text', None] * 200_000})\n"
+        "talk = [{'role': 'user', 'text': str(i) * 50} for i in range(2_000)]"
+    )
+    before = Cells(tmp_path, "import numpy as np, pandas as pd")
+    signed = before.step(cell)
+    after = Cells(tmp_path)
+    after.restore(signed)
+    shutil.rmtree(tmp_path / "blobs")
+    again = after.step("view[0] = -1.; talk.append('one more')")
+    last = Cells(tmp_path)
+    last.restore(again)
+    exec("view[0] = -1.; talk.append('one more')", before.namespace)
+    for name in ("array", "view", "talk"):
+        assert list(after[name]) == list(before[name]) == list(last[name]), name
+    assert after["frame"].equals(before["frame"])
+    assert last["array"][5] == last["view"][0] == -1
 
 
 def test_a_class_that_the_notebook_lost_is_named(tmp_path: Path) -> None:
