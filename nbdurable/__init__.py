@@ -33,14 +33,18 @@ _HOMES = {
     "step": "nbdurable.kernel.calls",
     "Client": "nbdurable.client",
     "DurableError": "nbdurable.errors",
+    "Abort": "nbdurable.errors",
+    "RetryAfter": "nbdurable.errors",
     "load_ipython_extension": "nbdurable.kernel.extension",
     "unload_ipython_extension": "nbdurable.kernel.extension",
 }
 
 __all__ = [
+    "Abort",
     "Client",
     "Decision",
     "DurableError",
+    "RetryAfter",
     "WaitTimeout",
     "all_of",
     "all_of_async",
@@ -67,7 +71,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from nbdurable.client import Client
-    from nbdurable.errors import DurableError, WaitTimeout
+    from nbdurable.errors import Abort, DurableError, RetryAfter, WaitTimeout
     from nbdurable.kernel.calls import step
     from nbdurable.kernel.context import current_run, result, skip_rest
     from nbdurable.kernel.recipes import recipe

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from nbdurable.models import (
     JSON,
+    Attempt,
     Call,
     Checkpoint,
     Driver,
@@ -36,6 +37,7 @@ from nbdurable.models import (
     WaitKind,
     WaitStatus,
 )
+from nbdurable.policies import MAX_RETRIES
 
 Question = TypeVar("Question", bound=Shape)
 Answer = TypeVar("Answer", bound=Shape)
@@ -95,6 +97,11 @@ class CreateRun(Shape):
     tags: tuple[str, ...] = ()
     idempotency_key: str | None = None  # a second request with it returns the first run
     steps_total: int | None = None
+    retries: int = Field(0, ge=0, le=MAX_RETRIES)
+    on_exhausted: Literal["fail", "pause"] = "fail"
+    timeout_s: float | None = Field(None, gt=0)
+    delay_s: float = Field(0.0, ge=0)
+    ttl_s: float | None = Field(None, gt=0)  # it expires if nobody has begun it so long after its delay
     driver: Driver | None = None
 
 
@@ -184,6 +191,7 @@ class Orders(Shape):
     """What the coordinator wants of a driver. A driver whose lease has passed on gets Fenced instead."""
 
     cancel: bool = False
+    time_out: bool = False  # its run has had all the time that it was given
 
 
 class EndLease(Shape):
@@ -195,7 +203,7 @@ class EndLease(Shape):
 
     run_id: str
     epoch: int
-    how: Literal["complete", "fail", "suspend", "release", "lose", "cancel", "leave"]
+    how: Literal["complete", "fail", "suspend", "release", "lose", "cancel", "leave", "time_out"]
     reason: str
     error: ErrorInfo | None = None
 
@@ -255,7 +263,8 @@ class BeginStep(Shape):
     """Record a decision about a step, with its reason: answered when it is on disk, and carried out only then.
 
     `continue`: the body goes on behind a gate; `execute`: it begins anew, and waits that its last body left open are
-    cancelled.
+    cancelled. `goes_on`: an attempt that failed and is to be tried again counts as an earlier try of this one, and
+    its waits stay.
     """
 
     run_id: str
@@ -265,12 +274,17 @@ class BeginStep(Shape):
     reason: str
     cell_id: str | None = None
     fresh: bool = False  # calls that earlier attempts recorded are not used any more
+    goes_on: bool = False
 
 
 class Begun(Shape):
+    """`failed`: the earlier tries of this attempt. `again_in_s`: nothing was begun, since the next try is due then."""
+
     attempt: int
     seq: int
     calls: int = 0  # recorded ones that may be used again
+    failed: tuple[Attempt, ...] = ()
+    again_in_s: float | None = None
 
 
 class CommitStep(Shape):
@@ -298,12 +312,22 @@ class Committed(Shape):
 
 
 class FailStep(Shape):
+    """Record that an attempt failed, and what follows: another one `again_in_s` later, or none.
+
+    `gives_back`: a timer is opened for it, since the driver suspends the run now. `pauses`: if the run fails of this,
+    it is paused instead.
+    """
+
     run_id: str
     epoch: int
     step: str
     attempt: int
     error: ErrorInfo
     replayed: tuple[int, ...] = ()
+    again_in_s: float | None = None
+    gives_back: bool = False
+    pauses: bool = False
+    sentence: str = ""  # what follows, for people
 
 
 class NewCall(Shape):
@@ -591,7 +615,7 @@ READ_EVENTS = Endpoint(
 READ_LOG = Endpoint("GET", "/v1/runs/{run_id}/log", ReadLog, Log, "Read what a headless run printed.")
 CANCEL_RUN = Endpoint("POST", "/v1/runs/{run_id}/cancel", ByRun, Run, "Cancel a run.")
 RESUME_RUN = Endpoint(
-    "POST", "/v1/runs/{run_id}/resume", ByRun, Run, "Queue a paused, failed or cancelled run."
+    "POST", "/v1/runs/{run_id}/resume", ByRun, Run, "Queue a run that was delayed, paused or has ended."
 )
 CLOSE_RUN = Endpoint("POST", "/v1/runs/{run_id}/close", CloseRun, Run, "End an interactive run.")
 LEASE_RUN = Endpoint("POST", "/v1/runs/{run_id}/lease", LeaseRun, Run, "Begin to drive a run interactively.")

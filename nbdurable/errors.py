@@ -20,13 +20,16 @@
     └── CoordinatorError        the coordinator is out of reach (exit status 5)
         ├── CoordinatorUnreachable · WrongVersion · Unauthorized
 
-Control signals are no errors and derive from BaseException (`ControlSignal`): `Suspended`, `RestSkipped`.
+Control signals are no errors and derive from BaseException: `TimedOut`, and those that end a cell with one sentence
+(`ControlSignal`): `Suspended`, `RestSkipped`. What the user's own code raises to steer its retries stands apart, too:
+`Abort` and `RetryAfter`.
 
 An error's class docstring is its title. `slug` survives HTTP: `to_wire` and `from_wire` are inverse.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, ClassVar
 
 
@@ -211,6 +214,41 @@ class Suspended(ControlSignal):
 
 class RestSkipped(ControlSignal):
     """Control signal: the notebook ends here, early and clean."""
+
+
+class TimedOut(BaseException):
+    """Control signal: code has had all the time that it was given. `retry_on=TimeoutError` means it, too.
+
+    Derives from BaseException so that a loop with `except Exception`, which is what hangs, does not swallow it.
+    """
+
+    def __init__(self, what: str = "", timeout_s: float = 0.0, note: str = "") -> None:
+        super().__init__(what, timeout_s, note)
+        self.what, self.timeout_s, self.note = what, timeout_s, note
+
+    def __str__(self) -> str:
+        return f"{self.what} took longer than {self.timeout_s:g} s{self.note}"
+
+
+class Abort(Exception):
+    """Raised by the user's code: trying again would not help, whatever the retries say."""
+
+
+class RetryAfter(Exception):
+    """Raised by the user's code: try again after a time (`30s`, `10m`, a timedelta, seconds).
+
+    Raises UsageError for what is no duration.
+    """
+
+    def __init__(self, after: str | float | timedelta, message: str = "") -> None:
+        from nbdurable.policies import seconds  # which knows our errors
+
+        super().__init__(after, message)
+        self.after_s = seconds(after)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message or f"again after {self.after_s:g} s"
 
 
 def _tree(kind: type[DurableError]) -> dict[str, type[DurableError]]:

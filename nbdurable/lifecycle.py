@@ -18,12 +18,17 @@ MAX_RECOVERIES = 10
 class Happening(StrEnum):
     """What can befall a run."""
 
+    DUE = "due"  # its delay is over
+    EXPIRE = "expire"  # nobody began it in time
     LEASE = "lease"  # a worker, or a kernel that a person uses, begins to drive it
     TAKE_OVER = "take over"  # a person lets another kernel drive it
     SUSPEND = "suspend"  # its headless driver reached a wait and gave its kernel back
     WAKE = "wake"  # every wait it had open is answered
     COMPLETE = "complete"
     FAIL = "fail"
+    RETRY = "retry"  # it failed, and is begun again later
+    PAUSE = "pause"  # attempts are spent, and the policy says pause
+    TIME_OUT = "time out"  # it was driven for as long as it may be
     RELEASE = "release"  # its worker stops cleanly and gives it back
     LOSE = "lose"  # its headless driver died
     LEAVE = "leave"  # its interactive kernel ended or died
@@ -61,12 +66,20 @@ def _to(status: RunStatus, *effects: Effect) -> Move:
 _S, _H, _E = RunStatus, Happening, Effect
 
 MOVES: dict[tuple[RunStatus, Happening], Move] = {
+    (_S.DELAYED, _H.DUE): _to(_S.QUEUED),
+    (_S.DELAYED, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.DELAYED, _H.EXPIRE): _to(_S.EXPIRED, _E.CANCEL_WAITS, _E.END),
+    (_S.DELAYED, _H.CANCEL): _to(_S.CANCELLED, _E.CANCEL_WAITS, _E.END),
+    (_S.QUEUED, _H.EXPIRE): _to(_S.EXPIRED, _E.CANCEL_WAITS, _E.END),
     (_S.QUEUED, _H.LEASE): _to(_S.RUNNING, _E.NEW_EPOCH),
     (_S.QUEUED, _H.CANCEL): _to(_S.CANCELLED, _E.CANCEL_WAITS, _E.END),
     (_S.RUNNING, _H.TAKE_OVER): _to(_S.RUNNING, _E.NEW_EPOCH),
     (_S.RUNNING, _H.SUSPEND): _to(_S.WAITING, _E.DROP_DRIVER),
     (_S.RUNNING, _H.COMPLETE): _to(_S.COMPLETED, _E.DROP_DRIVER, _E.CANCEL_WAITS, _E.END),
     (_S.RUNNING, _H.FAIL): _to(_S.FAILED, _E.DROP_DRIVER, _E.END),
+    (_S.RUNNING, _H.RETRY): _to(_S.DELAYED, _E.DROP_DRIVER),
+    (_S.RUNNING, _H.TIME_OUT): _to(_S.TIMED_OUT, _E.DROP_DRIVER, _E.CANCEL_WAITS, _E.END),
+    (_S.RUNNING, _H.PAUSE): _to(_S.PAUSED, _E.DROP_DRIVER),
     (_S.RUNNING, _H.RELEASE): _to(_S.QUEUED, _E.DROP_DRIVER),
     (_S.RUNNING, _H.LOSE): _to(_S.QUEUED, _E.DROP_DRIVER, _E.COUNT_RECOVERY),
     (_S.RUNNING, _H.LEAVE): _to(_S.PAUSED, _E.DROP_DRIVER),
@@ -82,10 +95,12 @@ MOVES: dict[tuple[RunStatus, Happening], Move] = {
     (_S.PAUSED, _H.CLOSE): _to(_S.COMPLETED, _E.CANCEL_WAITS, _E.END),
     (_S.FAILED, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
     (_S.CANCELLED, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.TIMED_OUT, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.EXPIRED, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
 }
 
 _TODO = {
-    Happening.RESUME: "only a paused, failed or cancelled run can be resumed; `nbdurable show RUN` says more",
+    Happening.RESUME: "only a run that is delayed, paused or ended can be resumed; `nbdurable show RUN` says more",
     Happening.CANCEL: "a run that has ended can't be cancelled",
     Happening.LEASE: "`nbdurable resume RUN` lets it go on; `%durable new` starts another run",
 }
@@ -123,6 +138,7 @@ def mermaid() -> str:
         edges.setdefault((status, found.to), []).append(happening.value)
     lines = [
         "stateDiagram-v2",
+        f"    [*] --> {RunStatus.DELAYED}: headless, later",
         f"    [*] --> {RunStatus.QUEUED}: headless",
         f"    [*] --> {RunStatus.RUNNING}: interactive",
     ]

@@ -21,6 +21,7 @@ class Shape(BaseModel):
 
 
 class RunStatus(StrEnum):
+    DELAYED = "delayed"
     QUEUED = "queued"
     RUNNING = "running"
     WAITING = "waiting"
@@ -28,11 +29,18 @@ class RunStatus(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+    EXPIRED = "expired"
 
     @property
     def is_final(self) -> bool:
         """Tell whether nothing happens to the run any more by itself or by a driver."""
-        return self in (RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED)
+        return self in _FINAL
+
+
+_FINAL = frozenset(
+    {RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED, RunStatus.TIMED_OUT, RunStatus.EXPIRED}
+)
 
 
 class DriverKind(StrEnum):
@@ -101,6 +109,8 @@ class Attempt(Shape):
     started_at: float
     ended_at: float | None = None
     error: ErrorInfo | None = None
+    reason: str = ""  # why it was begun
+    again_in_s: float | None = None  # after a failure that is tried again: how long is waited for that
 
 
 class Variable(Shape):
@@ -234,6 +244,14 @@ class Run(Shape):
     progress: Progress | None = None  # kept in memory: what was said last
     error: ErrorInfo | None = None
     steps_total: int | None = None  # step cells in the snapshot, where known
+    retries: int = 0  # how often it is begun again after it has failed
+    on_exhausted: Literal["fail", "pause"] = "fail"
+    failures: int = 0  # how often it has failed
+    timeout_s: float | None = None  # that it may be driven headless, all of its drivers together
+    active_s: float = 0.0  # that its former headless drivers took
+    driven_since: float | None = None
+    begins_at: float | None = None  # it is delayed until then
+    expires_at: float | None = None  # if nobody has begun it by then
     created_at: float
     started_at: float | None = None
     ended_at: float | None = None

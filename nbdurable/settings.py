@@ -133,6 +133,10 @@ class Home:
     def run_log(self, run_id: str) -> Path:
         return self.logs / f"run-{run_id}.log"
 
+    def last_words(self, run_id: str, epoch: int) -> tuple[Path, Path]:
+        """Return where a kernel leaves what is to be said, and its stacks, if it has to end itself."""
+        return self.logs / f"last-{run_id}-{epoch}.json", self.logs / f"last-{run_id}-{epoch}.txt"
+
     @property
     def socket(self) -> Path:
         """Return the Unix socket's path: in the folder, or in the temporary one where that path is too long."""

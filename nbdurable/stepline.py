@@ -10,13 +10,14 @@ import argparse
 import ast
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from textwrap import dedent
 from typing import NoReturn
 
-from nbdurable.errors import StepUsageError
+from nbdurable.errors import StepUsageError, UsageError
+from nbdurable.policies import Retry, seconds
 
 _MAGIC = re.compile(r"%%step(?![\w.?])")
 _VARIABLE = re.compile(r"env:[^\s=]+")
@@ -25,8 +26,13 @@ _NO_PYTHON = re.compile(
     r"^(\s*)(?:[%!].*|[\w., ]+=\s*[%!].*|.*\?)$", re.MULTILINE
 )  # magics and shell commands
 _RUNS_PYTHON = re.compile(r"%%(?:time|timeit|capture|prun|debug)\b")
-USAGE = "%%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--watch FILE|env:NAME,…] [--force]"
+USAGE = (
+    "%%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--watch FILE|env:NAME,…] [--force] "
+    "[--retries N] [--backoff F] [--min-wait T] [--max-wait T] [--retry-on ERROR,…] [--on-exhausted fail|pause] "
+    "[--timeout T]"
+)
 USAGE_REPLAY = "%%step NAME --replay"
+_OF_RETRIES = ("--backoff", "--min-wait", "--max-wait", "--retry-on", "--on-exhausted")
 _NOT_WITH_REPLAY = ("--on-drift", "--save", "--no-save", "--watch", "--force")
 
 
@@ -41,6 +47,11 @@ class StepOptions:
     force: bool = False
     watch: tuple[str, ...] = ()  # files, globs and `env:NAME` that it stands on as it does on its code
     replay: bool = False  # it runs again in every attempt, and saves no variables
+    retry: Retry | None = None
+    retry_on: tuple[
+        str, ...
+    ] = ()  # names of errors, or of one function that decides; none: whatever may pass
+    timeout_s: float | None = None  # of each attempt, waits apart
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +77,24 @@ def _watched(text: str) -> tuple[str, ...]:
     return found
 
 
+def _dotted(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in found:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise argparse.ArgumentTypeError(f"{name!r} is not the name of an error")
+    return found
+
+
+def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
+
+    return read
+
+
 @cache
 def _parser() -> _Parser:
     parser = _Parser(prog="%%step", add_help=False, allow_abbrev=False)
@@ -76,6 +105,13 @@ def _parser() -> _Parser:
     parser.add_argument("--watch", type=_watched, action="extend", default=[])
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--replay", action="store_true")
+    parser.add_argument("--retries", type=_number(int))
+    parser.add_argument("--backoff", type=_number(float))
+    parser.add_argument("--min-wait")
+    parser.add_argument("--max-wait")
+    parser.add_argument("--retry-on", type=_dotted, action="extend")
+    parser.add_argument("--on-exhausted", choices=("fail", "pause"))
+    parser.add_argument("--timeout")
     return parser
 
 
@@ -107,6 +143,9 @@ def parse_step_line(line: str) -> StepOptions:
         found.force,
         tuple(dict.fromkeys(found.watch)),
         found.replay,
+        _retry(name, found),
+        tuple(dict.fromkeys(found.retry_on or ())),
+        _timeout_s(name, found.timeout),
     )
     if options.replay:
         given = [option for option in _NOT_WITH_REPLAY if getattr(found, option[2:].replace("-", "_"))]
@@ -116,6 +155,36 @@ def parse_step_line(line: str) -> StepOptions:
                 todo=USAGE_REPLAY,
             )
     return options
+
+
+def _retry(name: str, found: argparse.Namespace) -> Retry | None:
+    """Return the policy that the line states, None where it says nothing of retries."""
+    said = {option: getattr(found, option[2:].replace("-", "_")) for option in _OF_RETRIES}
+    if found.retries is None:
+        given = [option for option, value in said.items() if value is not None]
+        if given:
+            raise StepUsageError(f"`%%step {name}`: {given[0]} means nothing without --retries", todo=USAGE)
+        return None
+    words = {option[2:].replace("-", "_"): value for option, value in said.items() if option != "--retry-on"}
+    try:
+        return Retry.of(found.retries, **{word: value for word, value in words.items() if value is not None})
+    except UsageError as error:
+        raise StepUsageError(f"`%%step {name}`: {error.message}", todo=error.todo) from None
+
+
+def _timeout_s(name: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        timeout_s = seconds(text)
+    except UsageError as error:
+        raise StepUsageError(f"`%%step {name}`: --timeout: {error.message}", todo=error.todo) from None
+    if timeout_s == 0:
+        raise StepUsageError(
+            f"`%%step {name}`: a timeout of 0 would let nothing run",
+            todo="leave --timeout out, or give it time",
+        )
+    return timeout_s
 
 
 def is_step(source: str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 FAULT_POINTS: dict[str, str] = {
     "blob-written": "a blob stands under its name, nothing refers to it yet",
     "checkpoint-saved": "all blobs of a checkpoint are on disk, the manifest is not committed",
+    "attempt-failed": "an attempt's failure, and what follows it, is recorded; its kernel has done nothing about it",
     "commit-sent": "the kernel sent a commit and has not read the answer",
     "commit-acknowledged": "the kernel knows that its step is committed",
     "call-committed": "the kernel knows that calls of its step are committed, the step goes on",

@@ -103,7 +103,7 @@ def restore(
     for name in manifest.deleted if names is None else ():
         namespace.pop(name, None)
     if states is not None:
-        _set_random(states)
+        set_random(states)
 
 
 def make_again(
@@ -191,7 +191,7 @@ def load_value(
 
 def load_random(blob: Blob, blobs: BlobStore) -> None:
     """Give the random generators the state that a verified blob holds."""
-    _set_random(pickle.loads(read_blob(blob, blobs)))
+    set_random(pickle.loads(read_blob(blob, blobs)))
 
 
 def _load_group(group: Group, step: str, blobs: BlobStore) -> dict[str, Any]:
@@ -230,7 +230,8 @@ def _naming(names: str, step: str) -> Iterator[None]:
         ) from error
 
 
-def _set_random(states: dict[str, Any]) -> None:
+def set_random(states: dict[str, Any]) -> None:
+    """Give the random generators the state that `save.random_state` found."""
     random.setstate(states["random"])
     if "numpy" in states:
         import numpy

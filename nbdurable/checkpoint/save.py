@@ -149,10 +149,11 @@ def save(
 
 def save_random(blobs: BlobStore) -> Blob:
     """Write the state of the random generators."""
-    return put_blob(pickle.dumps(_random_state(), protocol=5), blobs)
+    return put_blob(pickle.dumps(random_state(), protocol=5), blobs)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Return the state of the random generators that are loaded; `restore.set_random` puts it back."""
     state: dict[str, Any] = {"random": standard_random.getstate()}
     if (numpy := sys.modules.get("numpy.random")) is not None:
         state["numpy"] = numpy.get_state()

@@ -129,6 +129,20 @@ class Tracker:
             random=before.random != after.random,
         )
 
+    def differences(self, before: Snapshot, mentioned: Collection[str] = ()) -> frozenset[str]:
+        """Return the names whose value is not what it was at a snapshot, be it another object or not.
+
+        By value, and by what it shares with others of them. `mentioned`: as in `changes`.
+        """
+        after = self.snapshot()
+        both = before.variables.keys() & after.variables.keys()
+        found = before.variables.keys() ^ after.variables.keys()
+        for name in both:
+            then, now = before.variables[name], after.variables[name]
+            if then.digest != now.digest or (name in mentioned and any(p.stream for p in now.problems)):
+                found.add(name)
+        return frozenset(found | _shared_otherwise(before, after, both))
+
     def fingerprint(self, name: str) -> str:
         """Return the fingerprint of one variable now; raises KeyError where there is none."""
         return self._look(name, self._namespace[name], {}).digest

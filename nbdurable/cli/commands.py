@@ -176,13 +176,29 @@ def run(
     idempotency_key: Annotated[
         str | None, typer.Option(metavar="K", help="A second run with this key is the first one.")
     ] = None,
+    retries: Annotated[
+        int, typer.Option(metavar="N", help="Begin it again so often when it fails; its steps are kept.")
+    ] = 0,
+    on_exhausted: Annotated[
+        str, typer.Option(metavar="fail|pause", help="What becomes of it when its retries are spent.")
+    ] = "fail",
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T", help="End it when it has been driven so long (30s, 10m, 2h); waits don't count."
+        ),
+    ] = None,
+    delay: Annotated[str | None, typer.Option(metavar="T", help="Begin it so much later.")] = None,
+    ttl: Annotated[
+        str | None, typer.Option(metavar="T", help="Let it expire if no worker has begun it by then.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Queue the run and return.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a notebook headless and follow it.
 
-    Exit status: 0 completed, 1 failed, 2 wrong usage, 3 waiting for a person, 4 cancelled, 5 coordinator out of
-    reach. Ctrl-C leaves the run going.
+    Exit status: 0 completed, 1 failed (or paused, timed out, expired), 2 wrong usage, 3 waiting for a person,
+    4 cancelled, 5 coordinator out of reach. Ctrl-C leaves the run going.
     """
     if steps not in ("marked", "all"):
         raise UsageError(f"--steps {steps} is not known", todo="use --steps marked or --steps all")
@@ -202,6 +218,11 @@ def run(
         kernel_name=kernel,
         tags=tuple(tag or ()),
         idempotency_key=idempotency_key,
+        retries=retries,
+        on_exhausted=on_exhausted,
+        timeout=timeout,
+        delay=delay or 0.0,
+        ttl=ttl,
         warn=lambda sentence: warn(("note: ", "yellow"), sentence),
     )
     screen.say(

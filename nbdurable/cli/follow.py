@@ -27,8 +27,15 @@ EXIT_STATUS = {
     RunStatus.PAUSED: 1,
     RunStatus.WAITING: 3,
     RunStatus.CANCELLED: 4,
+    RunStatus.TIMED_OUT: 1,
+    RunStatus.EXPIRED: 1,
 }
-_TOLD = (Kind.RUN_LOST, Kind.RUN_RELEASED, Kind.RUN_DELAYED)  # what else a follower would wonder about
+_TOLD = (
+    Kind.RUN_LOST,
+    Kind.RUN_RELEASED,
+    Kind.RUN_DELAYED,
+    Kind.RUN_RETRIED,
+)  # what else a follower would wonder about
 _NAME_WIDTH = 10
 _HOLD_S = 5.0  # after so long without news, ask whether there can be any
 _SHOWN_VARIABLES = 3
@@ -249,10 +256,15 @@ def conclude(run: RunDetail, screen: Screen, command: Callable[[str], str]) -> i
         screen.say(("✗", "red"), f" {failed}  {clip(said, 300)}")
         resume = command(f"resume {run.short}")
         screen.say(
-            f"run {run.short} {run.status}; {_kept(run)}. Go on with this notebook as it was: ",
+            f"run {run.short} {plain_status(run.status)}; {_kept(run)}. Go on with this notebook as it was: ",
             (resume, "bold"),
         )
     return EXIT_STATUS[run.status]
+
+
+def plain_status(status: RunStatus) -> str:
+    """Return a status as people write it."""
+    return status.value.replace("_", " ")
 
 
 def _kept(run: RunDetail) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -15,12 +16,12 @@ from typing import Any, TypeVar
 
 from nbdurable import contract, lifecycle
 from nbdurable.coordinator.fold import Fold, Kind
-from nbdurable.coordinator.names import as_run_id
+from nbdurable.coordinator.names import as_run_id, new_wait_id
 from nbdurable.coordinator.state import Clock, Lease, Live, Signal, SystemClock
 from nbdurable.coordinator.workers import WorkerPool
 from nbdurable.errors import Fenced, NotFound, StoreError
 from nbdurable.lifecycle import Effect, Happening
-from nbdurable.models import Driver, Event, Run, RunStatus, SignedManifest, Wait, WaitStatus
+from nbdurable.models import Driver, DriverKind, Event, Run, RunStatus, SignedManifest, Wait, WaitStatus
 from nbdurable.settings import Home, Settings
 from nbdurable.store.port import Changes, NewEvent, Store, Ticket
 
@@ -43,11 +44,13 @@ class Core:
         *,
         clock: Clock | None = None,
         workers: WorkerPool | None = None,
+        draw: Callable[[], float] = random.random,
     ) -> None:
         self.store = store
         self.home = home
         self.settings = settings
         self.clock = clock or SystemClock()
+        self.draw = draw
         self.workers = workers or WorkerPool(home, self.clock, None)
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="store-reader")
         self.runs: dict[str, Live] = {}
@@ -58,6 +61,8 @@ class Core:
         self.waits: dict[str, Wait] = {}  # open ones
         self.waits_of: dict[str, set[str]] = {}  # run id → ids of its open waits
         self.timers: dict[str, float] = {}  # wait id → when time has something to do with it
+        self.delayed: dict[str, float] = {}  # run id → when it begins
+        self.expiring: dict[str, float] = {}  # run id → when it expires
         self.stopping = False
         self.trouble = ""  # why the newest change could not be stored
         self._rebuild()
@@ -74,8 +79,20 @@ class Core:
                     live.lease.cancel_by = self.cancel_deadline()
             elif run.status is RunStatus.QUEUED:
                 self.queue[run.id] = None
+            self._time(run)
         for wait in self.store.open_waits():
             self.keep_wait(wait)
+
+    def _time(self, run: Run) -> None:
+        """Remember what time will bring for a run."""
+        begins_at = run.begins_at if run.status is RunStatus.DELAYED else None
+        waiting = run.status in (RunStatus.DELAYED, RunStatus.QUEUED) and run.epoch == 0
+        expires_at = run.expires_at if waiting else None
+        for times, at in ((self.delayed, begins_at), (self.expiring, expires_at)):
+            if at is None:
+                times.pop(run.id, None)
+            else:
+                times[run.id] = at
 
     def new_lease(self, driver: Driver, beat: float | None = None) -> Lease:
         """Return a lease that was heard of at `beat` (default: now)."""
@@ -101,6 +118,13 @@ class Core:
                 ids.discard(wait.id)
                 if not ids:
                     del self.waits_of[wait.run_id]
+
+    async def new_wait_id(self) -> str:
+        """Return an id that no wait has had."""
+        while True:
+            wait_id = new_wait_id()
+            if wait_id not in self.waits and await self.read(self.store.wait, wait_id) is None:
+                return wait_id
 
     def open_waits(self, run_id: str) -> list[Wait]:
         """Return what a run waits for."""
@@ -265,6 +289,7 @@ class Core:
     def _replace(self, live: Live, run: Run) -> None:
         """Put the newest version of a run into memory, and what hangs on its status."""
         live.run = run
+        self._time(run)
         if run.driver is None:
             if live.lease is not None:
                 self.workers.worked(live.lease.driver.process)
@@ -287,14 +312,18 @@ class Core:
         move = lifecycle.move(run.status, happening, run=f"run {run.short}")
         at, effects = self.clock.now(), move.effects
         changes |= {"status": move.to, "reason": reason, "updated_at": at}
+        if {Effect.NEW_EPOCH, Effect.DROP_DRIVER} & effects:
+            changes |= {"active_s": active_s(run, at), "driven_since": None}
         if Effect.NEW_EPOCH in effects:
             changes |= {"epoch": run.epoch + 1, "driver": driver, "started_at": run.started_at or at}
+            changes["driven_since"] = at
         if Effect.DROP_DRIVER in effects:
             changes["driver"] = None
         if Effect.COUNT_RECOVERY in effects:
             changes["recoveries"] = run.recoveries + 1
         if Effect.RESET_RECOVERIES in effects:  # somebody begins anew with it
             changes |= {"recoveries": 0, "error": None, "cancel_requested": False}
+            changes |= {"failures": 0, "active_s": 0.0, "begins_at": None, "expires_at": None}
         if Effect.FLAG_CANCEL in effects:
             changes["cancel_requested"] = True
         changes["ended_at"] = at if Effect.END in effects else None
@@ -357,6 +386,13 @@ def numbered(event: NewEvent, seq: int) -> Event:
         sentence=event.sentence,
         data=event.data,
     )
+
+
+def active_s(run: Run, now: float) -> float:
+    """Return how long a run was driven headless."""
+    if run.driven_since is None or run.driver is None or run.driver.kind is not DriverKind.HEADLESS:
+        return run.active_s
+    return run.active_s + max(0.0, now - run.driven_since)
 
 
 def fence(run: Run, epoch: int) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from nbdurable import contract, lifecycle, processes
 from nbdurable.contract import Endpoint
-from nbdurable.coordinator.core import Core, fence, hold_deadline, label, log
+from nbdurable.coordinator.core import Core, active_s, fence, hold_deadline, label, log
 from nbdurable.coordinator.fold import Kind
 from nbdurable.coordinator.state import Lease, Live
 from nbdurable.errors import Fenced, LeaseHeld
 from nbdurable.lifecycle import Happening
 from nbdurable.models import DriverKind, ProcessIdentity, Run, RunStatus
+from nbdurable.policies import Retry, is_useless, span
 
 _END_GRACE_S = 1.0  # what orphans of a lost driver get to end by themselves
 
@@ -27,6 +28,7 @@ _ENDINGS: dict[str, tuple[Happening, Kind]] = {
     "release": (Happening.RELEASE, Kind.RUN_RELEASED),
     "cancel": (Happening.CANCEL, Kind.RUN_CANCELLED),
     "leave": (Happening.LEAVE, Kind.RUN_LEFT),
+    "time_out": (Happening.TIME_OUT, Kind.RUN_TIMED_OUT),
 }
 _LOSSES = {
     Happening.LOSE: Kind.RUN_LOST,
@@ -137,7 +139,7 @@ class Driving:
         elif live.run.status is RunStatus.RUNNING:
             live.lease.beat = self._core.clock.elapsed()
             live.lease.processes = wanted.processes
-            return contract.Orders(cancel=live.run.cancel_requested)
+            return contract.Orders(cancel=live.run.cancel_requested, time_out=live.lease.timed_out)
         return contract.Orders()
 
     async def end_lease(self, wanted: contract.EndLease) -> Run:
@@ -153,15 +155,69 @@ class Driving:
                 return await self._lose(live, wanted.reason)
             if run.cancel_requested and wanted.how in ("suspend", "release"):
                 return await self._cancelled(live, "cancelled", how=wanted.how)
+            if (
+                live.lease is not None
+                and live.lease.timed_out
+                and wanted.how in ("suspend", "release", "fail")
+            ):
+                return await self._timed_out(live, how=wanted.how)
             happening, kind = _ENDINGS[wanted.how]
-            after, waits = self._core.moved(run, happening, wanted.reason, error=wanted.error)
-            events = [self._core.event(after, kind, wanted.reason, how=wanted.how)]
+            reason = wanted.reason
+            changes: dict[str, Any] = {}
+            if happening is Happening.FAIL:
+                happening, kind, reason, changes = await self._after_failure(live, wanted)
+            after, waits = self._core.moved(run, happening, reason, error=wanted.error, **changes)
+            events = [self._core.event(after, kind, reason, how=wanted.how)]
             if happening is Happening.SUSPEND and not self._core.open_waits(run.id):
                 reason = "what it waited for was there already; waits for a worker"
                 after, _ = self._core.moved(after, Happening.WAKE, reason)
                 events.append(self._core.event(after, Kind.RUN_WOKEN, reason))
             await self._core.commit(live, events, run=after, waits=waits)
             return after
+
+    async def _after_failure(
+        self, live: Live, wanted: contract.EndLease
+    ) -> tuple[Happening, Kind, str, dict[str, Any]]:
+        """Say what a failure means for a run: whether it is begun again, or paused, or has failed."""
+        run, spent = live.run, "its attempts are spent"
+        pauses = (await self._core.fold(live)).pauses
+        if run.retries and not pauses:
+            failures = run.failures + 1
+            name = wanted.error.name if wanted.error is not None else ""
+            if failures <= run.retries and not is_useless(name):
+                wait_s = Retry.of(run.retries).wait_s(failures, self._core.draw())
+                begins_at = self._core.clock.now() + wait_s
+                tries = f"attempt {failures} of {run.retries + 1}"
+                reason = f"{wanted.reason} ({tries}); begins again in {span(wait_s)}"
+                changes = {"failures": failures, "begins_at": begins_at}
+                return Happening.RETRY, Kind.RUN_RETRIED, reason, changes
+            spent = f"its {run.retries + 1} attempts are spent"
+            pauses = run.on_exhausted == "pause" and failures > run.retries
+        if pauses:
+            reason = f"{wanted.reason}; {spent}, `nbdurable resume {run.short}` tries it again"
+            return Happening.PAUSE, Kind.RUN_PAUSED, reason, {}
+        return Happening.FAIL, Kind.RUN_FAILED, wanted.reason, {}
+
+    async def due(self, run_id: str) -> None:
+        """Queue a run whose delay is over."""
+        async with self._core.locked(run_id) as live:
+            if live.run.status is RunStatus.DELAYED:
+                reason = "its delay is over; waits for a worker"
+                await self._core.move(live, Happening.DUE, Kind.RUN_DUE, reason, begins_at=None)
+
+    async def expire(self, run_id: str) -> None:
+        """End a run that nobody has begun in time."""
+        async with self._core.locked(run_id) as live:
+            run = live.run
+            if run_id in self._core.expiring:
+                reason = (
+                    f"nobody had begun it by its time to live; `nbdurable resume {run.short}` queues it again"
+                )
+                await self._core.move(live, Happening.EXPIRE, Kind.RUN_EXPIRED, reason)
+
+    async def _timed_out(self, live: Live, **data: Any) -> Run:
+        reason = f"it was driven for the {span(live.run.timeout_s or 0.0)} that it may be"
+        return await self._core.move(live, Happening.TIME_OUT, Kind.RUN_TIMED_OUT, reason, data=data)
 
     async def _ended_before(self, wanted: contract.EndLease) -> bool:
         """Tell whether this very end was recorded before, and only its answer was lost."""
@@ -176,6 +232,8 @@ class Driving:
         run = live.run
         if run.cancel_requested:
             return await self._cancelled(live, f"cancelled; {what}", how="lose")
+        if live.lease is not None and live.lease.timed_out:
+            return await self._timed_out(live, how="lose")
         happening = lifecycle.loss(run.driver.kind if run.driver else run.kind, run.recoveries)
         if happening is Happening.LOSE:
             reason = f"{what}; recovered for the {_ordinal(run.recoveries + 1)} time"
@@ -196,6 +254,11 @@ class Driving:
     async def look_after(self, run_id: str, lease: Lease, epoch: int, elapsed: float) -> None:
         """Recover a run whose driver is dead, and end one that was cancelled and goes on for too long."""
         what = self._death(lease, elapsed)
+        run = self._core.runs[run_id].run
+        if run.timeout_s is not None and lease.cancel_by is None and lease.driver.kind is DriverKind.HEADLESS:
+            lease.timed_out = active_s(run, self._core.clock.now()) >= run.timeout_s
+            if lease.timed_out:
+                lease.cancel_by = self._core.cancel_deadline()
         overdue = lease.cancel_by is not None and elapsed >= lease.cancel_by
         if what is None and not overdue:
             return
@@ -205,6 +268,9 @@ class Driving:
             if what is not None:
                 await self._lose(live, what)
                 log.warning("run %s: %s", run_id, what)
+            elif lease.timed_out and not live.run.cancel_requested:
+                await self._end_processes(live)
+                await self._timed_out(live)
             else:
                 await self._end_processes(live)
                 await self._cancelled(

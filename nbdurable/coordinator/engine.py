@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ class Engine:
     `clock`: injected in tests. `workers`: None where runs are only taken by workers from elsewhere.
     `on_shutdown`: called when a client asks the coordinator to end. `standing`: says why the store is not trusted, as
     long as it isn't; until then questions that only look are answered, and nothing is handed out, timed or ended.
+    `draw`: throws the dice of backoffs, from 0 to 1.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Engine:
         workers: WorkerPool | None = None,
         on_shutdown: Callable[[], None] = lambda: None,
         standing: Callable[[], DurableError | None] = lambda: None,
+        draw: Callable[[], float] = random.random,
     ) -> None:
-        self._core = Core(store, home, settings, clock=clock, workers=workers)
+        self._core = Core(store, home, settings, clock=clock, workers=workers, draw=draw)
         self._on_shutdown = on_shutdown
         self._started_at = self._core.clock.now()
         self._driving = Driving(self._core)
@@ -122,6 +125,10 @@ class Engine:
         now, elapsed = self._core.clock.now(), self._core.clock.elapsed()
         for wait_id in [wait_id for wait_id, due_at in self._core.timers.items() if due_at <= now]:
             await self._waits.time_over(wait_id)
+        for run_id in [run_id for run_id, at in self._core.expiring.items() if at <= now]:
+            await self._driving.expire(run_id)
+        for run_id in [run_id for run_id, at in self._core.delayed.items() if at <= now]:
+            await self._driving.due(run_id)
         for run_id, live in list(self._core.runs.items()):
             if live.lease is not None:
                 await self._driving.look_after(run_id, live.lease, live.run.epoch, elapsed)
@@ -131,9 +138,12 @@ class Engine:
 
     @property
     def due_in_s(self) -> float | None:
-        """Return after how many seconds the next timer is over, or None where there is none."""
-        timers = self._core.timers if self._trusted else {}
-        return min(timers.values()) - self._core.clock.now() if timers else None
+        """Return after how many seconds time brings the next thing, or None where it brings nothing."""
+        if not self._trusted:
+            return None
+        timed = (self._core.timers, self._core.delayed, self._core.expiring)
+        first = min((at for times in timed for at in times.values()), default=None)
+        return None if first is None else first - self._core.clock.now()
 
     @property
     def is_idle(self) -> bool:
@@ -144,6 +154,8 @@ class Engine:
         return not self._trusted or not (
             self._core.queue
             or self._core.timers
+            or self._core.delayed
+            or self._core.expiring
             or any(live.run.status is RunStatus.RUNNING for live in self._core.runs.values())
         )
 

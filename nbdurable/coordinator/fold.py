@@ -23,6 +23,11 @@ class Kind(StrEnum):
     RUN_WOKEN = "run_woken"
     RUN_COMPLETED = "run_completed"
     RUN_FAILED = "run_failed"
+    RUN_DUE = "run_due"
+    RUN_EXPIRED = "run_expired"
+    RUN_RETRIED = "run_retried"
+    RUN_TIMED_OUT = "run_timed_out"
+    RUN_PAUSED = "run_paused"
     RUN_RELEASED = "run_released"
     RUN_LOST = "run_lost"
     RUN_LEFT = "run_left"
@@ -57,6 +62,9 @@ END_OF_DRIVING = frozenset(
         Kind.RUN_SUSPENDED,
         Kind.RUN_COMPLETED,
         Kind.RUN_FAILED,
+        Kind.RUN_RETRIED,
+        Kind.RUN_TIMED_OUT,
+        Kind.RUN_PAUSED,
         Kind.RUN_RELEASED,
         Kind.RUN_LOST,
         Kind.RUN_LEFT,
@@ -97,6 +105,10 @@ class StepState:
     fresh_since: int = 0  # calls up to this number are not used any more
     line: int | None = None
     removed: str = ""
+    failed: list[int] = field(
+        default_factory=list
+    )  # attempts that the next one, or the running one, tries again
+    pauses: bool = False  # it failed for good, and its run is to pause
 
     @property
     def running(self) -> Attempt | None:
@@ -107,6 +119,11 @@ class StepState:
     @property
     def next_attempt(self) -> int:
         return self.attempts[-1].number + 1 if self.attempts else 1
+
+    @property
+    def tried(self) -> tuple[Attempt, ...]:
+        """Return the failed attempts that the next one, or the running one, tries again."""
+        return tuple(attempt for attempt in self.attempts if attempt.number in self.failed)
 
     def step(self) -> Step:
         """Return what people see."""
@@ -131,9 +148,10 @@ class StepState:
         status: Literal["waiting", "completed", "failed", "lost"],
         event: Event,
         error: ErrorInfo | None = None,
+        again_in_s: float | None = None,
     ) -> None:
         """End an attempt; one whose beginning did not reach the disk begins and ends here."""
-        ended = {"status": status, "ended_at": event.at, "error": error}
+        ended = {"status": status, "ended_at": event.at, "error": error, "again_in_s": again_in_s}
         for place, attempt in enumerate(self.attempts):
             if attempt.number == number:
                 self.attempts[place] = attempt.model_copy(update=ended)
@@ -157,6 +175,11 @@ class Fold:
     def steps(self) -> tuple[Step, ...]:
         """Return all steps."""
         return tuple(state.step() for state in self._steps.values())
+
+    @property
+    def pauses(self) -> bool:
+        """Tell whether a step has failed for good, and asked for a pause then."""
+        return any(state.pauses for state in self._steps.values())
 
     def apply(self, event: Event) -> None:
         """Take the next event of the run."""
@@ -186,8 +209,17 @@ class Fold:
 def _started(state: StepState, event: Event) -> None:
     number = int(event.data["attempt"])
     state.attempts.append(
-        Attempt(number=number, status="running", epoch=event.epoch, started_at=event.at),
+        Attempt(
+            number=number,
+            status="running",
+            epoch=event.epoch,
+            started_at=event.at,
+            reason=str(event.data["reason"]),
+        ),
     )
+    if not event.data.get("goes_on"):
+        state.failed.clear()
+    state.pauses = False
     state.started[number] = event.seq
     state.executions += 1
     state.status = StepStatus.RUNNING
@@ -211,6 +243,8 @@ def _decided(state: StepState, event: Event) -> None:
 def _committed(state: StepState, event: Event) -> None:
     number, status = int(event.data["attempt"]), event.data["status"]
     state.end(number, "waiting" if status == "waiting" else "completed", event)
+    if status != "waiting":
+        state.failed.clear()
     state.committed[event.data["signature"]] = event.seq
     state.status = state.checkpoint = COMMITS[status][1]
     state.checkpoint_seq = event.seq
@@ -222,9 +256,15 @@ def _committed(state: StepState, event: Event) -> None:
 
 
 def _failed(state: StepState, event: Event) -> None:
-    state.end(int(event.data["attempt"]), "failed", event, ErrorInfo.model_validate(event.data["error"]))
+    number, again_in_s = int(event.data["attempt"]), event.data.get("again_in_s")
+    state.end(number, "failed", event, ErrorInfo.model_validate(event.data["error"]), again_in_s)
     state.status = StepStatus.FAILED
     state.replayed = set(event.data.get("replayed", ()))
+    state.pauses = bool(event.data.get("pauses"))
+    if again_in_s is None:
+        state.failed.clear()
+    elif number not in state.failed:
+        state.failed.append(number)
 
 
 def _called(state: StepState, event: Event) -> None:

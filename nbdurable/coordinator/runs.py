@@ -25,6 +25,7 @@ from nbdurable.models import (
     RunDetail,
     RunStatus,
 )
+from nbdurable.policies import span
 
 KEY_LIFE_S = 30 * 86_400.0  # how long an idempotency key returns the first run
 GATHER_S = 0.1  # a follower gets what happens within it at once: reading each event singly slows the run down
@@ -60,6 +61,11 @@ class Runs:
             raise UsageError(
                 "an interactive run is created by its driver, a headless one without", todo="mend `driver`"
             )
+        if not headless and (wanted.delay_s or wanted.ttl_s or wanted.timeout_s or wanted.retries):
+            raise UsageError(
+                "only a headless run can be delayed, expire, time out or be retried",
+                todo="leave those out, or create it headless",
+            )
         async with self._core.creating:
             if wanted.idempotency_key is not None:
                 since = self._core.clock.now() - KEY_LIFE_S
@@ -68,12 +74,18 @@ class Runs:
                     live = self._core.runs.get(first.id)
                     return first if live is None else live.run
             at = self._core.clock.now()
-            fields = {name: value for name, value in wanted if name != "driver"}
+            fields = {name: value for name, value in wanted if name not in ("driver", "delay_s", "ttl_s")}
             reason = f"{label(wanted.driver)} drives it" if wanted.driver else "waits for a worker"
+            status, begins_at = RunStatus.QUEUED if headless else RunStatus.RUNNING, at + wanted.delay_s
+            if wanted.delay_s:
+                status, reason = RunStatus.DELAYED, f"begins in {span(wanted.delay_s)}"
             run = Run(
                 id=new_run_id(at),
-                status=RunStatus.QUEUED if headless else RunStatus.RUNNING,
+                status=status,
                 reason=reason,
+                begins_at=begins_at if wanted.delay_s else None,
+                expires_at=None if wanted.ttl_s is None else begins_at + wanted.ttl_s,
+                driven_since=None if headless else at,
                 epoch=0 if headless else 1,
                 driver=None if headless else wanted.driver,
                 created_at=at,

@@ -63,6 +63,7 @@ class Lease:
     beat: float  # when it was last heard of, by `Clock.elapsed`
     processes: tuple[ProcessIdentity, ...] = ()
     cancel_by: float | None = None  # when a cancelled run's processes are ended, by `Clock.elapsed`
+    timed_out: bool = False  # it is ended because its run has had its time
 
 
 @dataclass(slots=True)

@@ -14,7 +14,10 @@ from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.fold import COMMITS, Kind, StepState
 from nbdurable.coordinator.state import Live
 from nbdurable.errors import NotFound, NotRestorable
-from nbdurable.models import Run, WaitStatus
+from nbdurable.models import Run, Wait, WaitKind, WaitStatus
+from nbdurable.policies import span
+
+_RETRY = "retry:"  # how the key of a timer begins that stands between two tries of a step
 
 
 class Steps:
@@ -39,6 +42,9 @@ class Steps:
             fold = await self._core.fold(live)
             state = fold.get(wanted.step)
             data: dict[str, Any] = {"reason": wanted.reason, "cell_id": wanted.cell_id}
+            tried = state.tried if state is not None and wanted.goes_on else ()
+            if wanted.goes_on and (due_in_s := self._due_in_s(live, wanted.step)) is not None:
+                return contract.Begun(attempt=0, seq=0, failed=tried, again_in_s=due_in_s)
             if wanted.action == "restore":
                 attempt, kind = (
                     (state.attempts[-1].number if state and state.attempts else 0),
@@ -48,18 +54,29 @@ class Steps:
                 running = state.running if state is not None else None
                 if state and running and running.epoch == wanted.epoch and state.reason == wanted.reason:
                     seq = state.started.get(running.number, 0)
-                    return contract.Begun(attempt=running.number, seq=seq, calls=len(state.calls))
+                    calls = len(state.calls)
+                    return contract.Begun(attempt=running.number, seq=seq, calls=calls, failed=tried)
                 attempt, kind = (state.next_attempt if state is not None else 1), Kind.STEP_STARTED
+                data["goes_on"] = wanted.goes_on
             sentence = f"{wanted.step}: {wanted.action} ({wanted.reason})"
             data |= {"attempt": attempt} | ({"fresh": True} if wanted.fresh else {})
             event = self._core.step_event(live.run, kind, wanted.step, sentence, data)
             obsolete = []
-            if wanted.action == "execute":  # nobody comes back to the gates of the body that ran before
+            if (
+                wanted.action == "execute" and not tried
+            ):  # nobody comes back to the gates of the body that ran before
                 open_ones = (wait for wait in self._core.open_waits(live.run.id) if wait.step == wanted.step)
                 obsolete = [w.model_copy(update={"status": WaitStatus.CANCELLED}) for w in open_ones]
             (seq,) = await self._core.commit(live, (event,), waits=obsolete)
             calls = 0 if state is None or wanted.fresh else len(state.calls)
-            return contract.Begun(attempt=attempt, seq=seq, calls=calls)
+            return contract.Begun(attempt=attempt, seq=seq, calls=calls, failed=tried)
+
+    def _due_in_s(self, live: Live, step: str) -> float | None:
+        """Return when the next try of a step is due, None where nothing keeps it from beginning now."""
+        timers = [
+            w for w in self._core.open_waits(live.run.id) if w.step == step and w.key.startswith(_RETRY)
+        ]
+        return max((max(0.0, (w.due_at or 0.0) - self._core.clock.now()) for w in timers), default=None)
 
     async def commit_step(self, wanted: contract.CommitStep) -> contract.Committed:
         async with self._core.driven(wanted.run_id, wanted.epoch) as live:
@@ -94,11 +111,34 @@ class Steps:
                     "attempt": wanted.attempt,
                     "error": error.model_dump(mode="json"),
                     "replayed": wanted.replayed,
+                    "again_in_s": wanted.again_in_s,
+                    "pauses": wanted.pauses,
                 }
-                sentence = f"{wanted.step}: failed with {error.name}: {error.message[:200]}"
-                event = self._core.step_event(live.run, Kind.STEP_FAILED, wanted.step, sentence, data)
-                await self._core.commit(live, (event,))
+                then = f"; {wanted.sentence}" if wanted.sentence else ""
+                sentence = f"{wanted.step}: failed with {error.name}: {error.message[:200]}{then}"
+                events = [self._core.step_event(live.run, Kind.STEP_FAILED, wanted.step, sentence, data)]
+                waits: list[Wait] = []
+                if wanted.gives_back and wanted.again_in_s is not None:
+                    timer = await self._retry_timer(wanted.run_id, wanted, wanted.again_in_s)
+                    about = {"wait_id": timer.id, "key": timer.key}
+                    said = f"waits {span(wanted.again_in_s)}: {timer.title}"
+                    events.append(self._core.step_event(live.run, Kind.WAIT_OPENED, wanted.step, said, about))
+                    waits.append(timer)
+                await self._core.commit(live, events, waits=waits)
         return contract.Nothing()
+
+    async def _retry_timer(self, run_id: str, wanted: contract.FailStep, again_in_s: float) -> Wait:
+        at = self._core.clock.now()
+        return Wait(
+            id=await self._core.new_wait_id(),
+            run_id=run_id,
+            key=f"{_RETRY}{wanted.step}:{wanted.attempt}",
+            kind=WaitKind.TIMER,
+            title=f"the next try of {wanted.step}",
+            step=wanted.step,
+            created_at=at,
+            due_at=at + again_in_s,
+        )
 
     async def _state(self, live: Live, step: str) -> StepState | None:
         return (await self._core.fold(live)).get(step)

@@ -18,7 +18,7 @@ from nbdurable.coordinator.core import Core, hold_deadline
 from nbdurable.coordinator.fits import bad_schema, matches, misfit
 from nbdurable.coordinator.fold import Kind
 from nbdurable.coordinator.mailbox import Kept, Mailbox, data_of
-from nbdurable.coordinator.names import as_wait_id, new_wait_id
+from nbdurable.coordinator.names import as_wait_id
 from nbdurable.coordinator.state import Live
 from nbdurable.errors import AlreadyAnswered, Conflict, NotFound, StoreError, UsageError
 from nbdurable.lifecycle import Happening
@@ -130,11 +130,7 @@ class Waits:
                 await self.settle(live, wait, WaitAnswer(approved=True, by="timer", at=at), "timer")
 
     async def _made(self, live: Live, spec: contract.WaitSpec, group: str | None, at: float) -> Wait:
-        wait_id = new_wait_id()
-        while (
-            wait_id in self._core.waits or await self._core.read(self._core.store.wait, wait_id) is not None
-        ):
-            wait_id = new_wait_id()
+        wait_id = await self._core.new_wait_id()
         deadline_at = spec.deadline_at if spec.deadline_in_s is None else at + spec.deadline_in_s
         if deadline_at is not None and deadline_at <= at:
             raise UsageError(

@@ -160,7 +160,7 @@ def _coroutine(function: Function) -> Callable[..., Any]:
 
 
 def _commit(call: Call, value: Any) -> None:
-    from nbdurable.kernel.step import uninterrupted
+    from nbdurable.kernel.interrupts import uninterrupted
 
     with uninterrupted():
         ready = call.keep(value)

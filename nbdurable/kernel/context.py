@@ -63,7 +63,10 @@ class Metadata:
 
 @dataclass(frozen=True)
 class CurrentRun:
-    """The run that this code is part of. `attempt`: that of the step which runs now, 0 outside steps."""
+    """The run that this code is part of.
+
+    `attempt`: that of the step which runs now, 0 outside steps. `failures`: how many tries of it have failed before.
+    """
 
     id: str
     notebook: str
@@ -72,6 +75,7 @@ class CurrentRun:
     tags: tuple[str, ...]
     recoveries: int
     attempt: int
+    failures: int
     step: str | None
 
     def idempotency_key(self, name: str) -> str:
@@ -131,6 +135,7 @@ def current_run() -> CurrentRun:
         tags=run.tags,
         recoveries=run.recoveries,
         attempt=execution.attempt if execution else 0,
+        failures=execution.trying.failures if execution and execution.trying else 0,
         step=execution.name if execution else None,
     )
 

@@ -39,6 +39,12 @@ def summary(variables: Iterable[Variable]) -> str:
     return few([*made, *(f"{v.name} {_kind(v)} {size(v.bytes)}" for v in saved)], " · ")
 
 
+def one_line(text: str, width: int = 100) -> str:
+    """Return a text on one line, cut to a width."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
 def few(parts: list[str], between: str = ", ") -> str:
     """Name the first of many things, and how many more there are."""
     more = [f"and {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []

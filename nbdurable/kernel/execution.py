@@ -25,6 +25,7 @@ from nbdurable.checkpoint.recipes import misnamed
 from nbdurable.checkpoint.save import save
 from nbdurable.errors import ControlSignal, RestSkipped, StepUsageError
 from nbdurable.kernel import display
+from nbdurable.kernel.attempts import Attempts
 from nbdurable.kernel.outputs import Output, Recorder, recording
 from nbdurable.kernel.recorded import Calls
 from nbdurable.kernel.session import Session
@@ -80,6 +81,8 @@ class Execution:
         self.recorded_calls = 0  # by earlier attempts
         self.calls: Calls | None = None
         self.sent = False  # whether the commit was begun that ends the step
+        self.trying: Attempts | None = None  # where the step's line asks for retries or a time limit
+        self.gated: Manifest | None = None  # what was committed before the newest gate of this body
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
         self._mark: tuple[int, Captured] | None = None
@@ -100,6 +103,18 @@ class Execution:
         """Take note of the namespace, right before the body runs."""
         self.before = self.session.tracker.snapshot()
         self.calls = Calls(self.session, self.name, self.attempt, self.recorded_calls, self.names)
+        self._began = time.perf_counter()
+
+    def rewind(self, statement: int) -> None:
+        """Begin anew at a top-level statement: its gates, and those below it, keep their keys, and so their answers."""
+        reached = [key for where, key in self._gates if where is None or where >= statement]
+        self._earlier_gates = reached + self._earlier_gates
+        self._gates, self._mark, self._at = [], None, None
+
+    def begin_again(self, attempt: int, recorded_calls: int) -> None:
+        """Begin another attempt, in the state that was there before."""
+        self.attempt, self.recorded_calls = attempt, recorded_calls
+        self.calls = Calls(self.session, self.name, attempt, recorded_calls, self.names)
         self._began = time.perf_counter()
 
     def made_by(self) -> str:
@@ -325,6 +340,7 @@ class Execution:
             manifest=signed,
         )
         session.note(checkpoint, manifest)
+        self.gated = manifest if status == "waiting" else None
         if self.again:
             session.note_plain_cell(self.names, self.code.digest, self.code.source)
             if self.options.replay:

@@ -18,8 +18,9 @@ from nbdurable.contract import WaitSpec
 from nbdurable.errors import DurableError, Suspended, WaitTimeout
 from nbdurable.kernel import display, extension
 from nbdurable.kernel.execution import TICK_S, Execution
+from nbdurable.kernel.interrupts import shown_as, uninterrupted
+from nbdurable.kernel.limits import paused
 from nbdurable.kernel.session import Session, required
-from nbdurable.kernel.step import shown_as, uninterrupted
 from nbdurable.models import Wait, WaitAnswer, WaitKind, WaitStatus
 from nbdurable.security import callback_secret, digest_of
 from nbdurable.telemetry import fault_point
@@ -265,8 +266,9 @@ class _Watch:
 
     def result(self) -> list[Wait]:
         try:
-            while not self._answered.wait(TICK_S):
-                pass
+            with paused():
+                while not self._answered.wait(TICK_S):
+                    pass
         except KeyboardInterrupt as interrupt:
             raise shown_as(interrupt, f"KeyboardInterrupt: {self._still()}")  # noqa: B904  the same one
         finally:
@@ -275,8 +277,9 @@ class _Watch:
 
     async def result_async(self) -> list[Wait]:
         try:
-            while not self._answered.is_set():
-                await asyncio.sleep(TICK_S)
+            with paused():
+                while not self._answered.is_set():
+                    await asyncio.sleep(TICK_S)
         except asyncio.CancelledError as interrupt:
             raise shown_as(interrupt, f"CancelledError: {self._still()}")  # noqa: B904  the same one
         finally:

@@ -7,6 +7,7 @@ steps.
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
+
+from nbdurable.checkpoint.blobs import BlobStore
+from nbdurable.checkpoint.manifest import Manifest, read_blob
 
 Output = dict[str, Any]
 
@@ -86,6 +90,17 @@ class Recorder:
             if widget is not None:
                 output["widget"] = widget
             self.outputs.append(output)
+
+    def back_to(self, outputs: list[Output]) -> None:
+        """Forget what was displayed, but for these outputs, given as `finished` returns them."""
+        with self._lock:
+            self._clear_next = False
+            self.outputs = [
+                {"output_type": "stream", "name": output["name"], "chunks": [output["text"]]}
+                if output["output_type"] == "stream"
+                else dict(output)
+                for output in outputs
+            ]
 
     def clear(self, wait: bool) -> None:
         """Note `clear_output`."""
@@ -237,6 +252,12 @@ def _tap_plain_displays(shell: Any, recorder: Recorder) -> Callable[[], None]:
         del hook.write_format_data
 
     return undo
+
+
+def outputs_of(manifest: Manifest, blobs: BlobStore) -> list[Output]:
+    """Return what a checkpoint's step displayed; raises BlobMissing, BlobDamaged."""
+    found: list[Output] = json.loads(bytes(read_blob(manifest.outputs, blobs))) if manifest.outputs else []
+    return found
 
 
 def replay(shell: Any, outputs: list[Output]) -> None:

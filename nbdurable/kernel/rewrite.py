@@ -75,6 +75,78 @@ _CONFIGURING = re.compile(
 )
 
 
+_LOOP = f"""
+while {HOOK}.trying.unfinished:
+    with {HOOK}.trying:
+        pass
+"""
+
+
+def in_attempts(pieces: list[tuple[int, list[ast.stmt]]], interactivity: str) -> list[ast.stmt]:
+    """Return a step's statements so that they can be tried again: in a loop, and a block that asks us after each try.
+
+    `pieces`: the statements, cut where a later try may begin, each with the number that its first one has in the cell.
+    The value of the last expression is displayed below the loop, as IPython would have displayed it; line numbers and
+    top-level `await` stay. `interactivity`: IPython's `ast_node_interactivity`.
+    """
+    every = [node for _, piece in pieces for node in piece]
+    if any(isinstance(part, ast.Break | ast.Continue) for node in every for part in ast.walk(node)):
+        try:
+            compile(ast.Module(every, type_ignores=[]), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        except SyntaxError:  # what a loop can hold and a cell can't: the user is to see IPython's own words
+            return every
+    futures = [node for node in every if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    awaits = any(_awaits(node) for node in every)
+    loop = _parsed(_LOOP.replace("with", "async with") if awaits else _LOOP)
+    below: list[ast.stmt] = []
+    body: list[ast.stmt] = []
+    for start, piece in pieces:
+        kept: list[ast.stmt] = []
+        for node in piece:
+            if isinstance(node, ast.Expr) and interactivity == "all":
+                kept.append(_handing(node, "show"))
+            elif isinstance(node, ast.Expr) and node is every[-1] and interactivity != "none":
+                kept.append(_handing(node, "keep"))
+                below.append(ast.copy_location(_parsed(f"{HOOK}.trying.last()"), node))
+            elif node not in futures:
+                kept.append(node)
+        if len(pieces) == 1:
+            body = kept
+        elif kept:
+            due = _parsed(f"if {HOOK}.trying.due({start}):\n    pass")
+            due.body = kept
+            body.append(due)
+    loop.body[0].body[:] = body
+    return [*futures, loop, *below]
+
+
+def _parsed(text: str) -> Any:
+    """Return a statement of ours; in tracebacks it stands on the cell's `%%step` line."""
+    tree = compile(text.strip(), "<nbdurable>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for part in ast.walk(tree):
+        if isinstance(part, ast.stmt | ast.expr | ast.excepthandler):
+            part.lineno = part.end_lineno = 1
+            part.col_offset = part.end_col_offset = 0
+    return tree.body[0]
+
+
+def _handing(node: ast.Expr, method: str) -> ast.stmt:
+    """Return the statement that hands an expression's value to us."""
+    handing = _parsed(f"{HOOK}.trying.{method}(None)")
+    handing.value.args = [node.value]
+    found: ast.stmt = ast.copy_location(handing, node)
+    return found
+
+
+def _awaits(node: ast.AST) -> bool:
+    """Tell whether a statement awaits in the cell itself, not in a function that it defines."""
+    if isinstance(node, ast.Await | ast.AsyncFor | ast.AsyncWith) or getattr(node, "is_async", False):
+        return True
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return False
+    return any(_awaits(child) for child in ast.iter_child_nodes(node))
+
+
 def is_setup(tree: ast.Module) -> bool:
     """Tell whether a cell only imports and configures: what a run with `--steps all` does again on resume.
 

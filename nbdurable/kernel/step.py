@@ -9,14 +9,10 @@ made in `rewrite.py`; a body that runs is `execution.py`'s.
 from __future__ import annotations
 
 import ast
-import json
-import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +25,6 @@ from nbdurable.checkpoint.manifest import (
     CodeFacts,
     InputFact,
     Manifest,
-    read_blob,
 )
 from nbdurable.checkpoint.packages import versions
 from nbdurable.checkpoint.plan import Verdict, decide, digest
@@ -38,21 +33,25 @@ from nbdurable.checkpoint.sources import code_digest
 from nbdurable.checkpoint.watched import missing
 from nbdurable.errors import DurableError, NotRestorable, RestSkipped, StepUsageError, Suspended
 from nbdurable.kernel import display
+from nbdurable.kernel.attempts import Attempts, find_retry_on, next_try
 from nbdurable.kernel.execution import Execution, note_origins
 from nbdurable.kernel.foresight import read_cells
-from nbdurable.kernel.outputs import Output, replay
+from nbdurable.kernel.interrupts import describe_error, uninterrupted
+from nbdurable.kernel.interrupts import shown_as as shown_as
+from nbdurable.kernel.outputs import outputs_of, replay
 from nbdurable.kernel.rewrite import (
     GATE_CALL,
     HOOK,
     QUESTION_CALL,
     call,
+    in_attempts,
     may_wait,
     take_marker,
     unmark,
     why_again,
 )
 from nbdurable.kernel.session import Session
-from nbdurable.models import ErrorInfo, StepStatus, Variable
+from nbdurable.models import StepStatus, Variable
 from nbdurable.policies import span
 from nbdurable.stepline import StepOptions, parse_step_line
 from nbdurable.telemetry import fault_point
@@ -91,6 +90,13 @@ class Steps:
     def execution(self) -> Execution | None:
         """Return the step's body that runs now, if one does."""
         return self._cells[0].execution if self._cells else None
+
+    @property
+    def trying(self) -> Attempts:
+        """Return the tries of the step that runs now, for its rewritten cell."""
+        assert self.execution is not None
+        assert self.execution.trying is not None
+        return self.execution.trying
 
     # Called by IPython ---------------------------------------------------------------------------------------
 
@@ -232,9 +238,7 @@ class Steps:
     def _put_back(self, step: str, manifest: Manifest) -> None:
         session = self.session
         try:
-            outputs: list[Output] = (
-                json.loads(bytes(read_blob(manifest.outputs, session.blobs))) if manifest.outputs else []
-            )
+            outputs = outputs_of(manifest, session.blobs)
             with capture_output() if manifest.later else nullcontext():  # what recipes print was shown before
                 restore(manifest, session.values, session.blobs)
         except DurableError as error:
@@ -292,6 +296,7 @@ class Steps:
                 todo=f"`%durable rerun {options.name}` runs it with the new value",
             )
         fresh = verdict.action == "execute" and (options.force or options.name in session.to_rerun)
+        retry_on = find_retry_on(options, session.values) if verdict.action != "restore" else None
         begun = session.client.call(
             contract.BEGIN_STEP,
             contract.BeginStep(
@@ -302,8 +307,11 @@ class Steps:
                 reason=verdict.reason,
                 cell_id=cell.id,
                 fresh=fresh,
+                goes_on=session.headless,
             ),
         )
+        if begun.again_in_s is not None:
+            raise Suspended(f"⏸ {options.name} {next_try(begun.again_in_s)}")
         session.to_rerun.discard(options.name)
         if verdict.action == "restore":
             assert known is not None
@@ -325,7 +333,8 @@ class Steps:
                 known,
             )
             cell.execution.recorded_calls = begun.calls
-            tree.body = [call("go_on"), *self._marked(body, used, known.resume_at)]
+            tries = Attempts(cell.execution, begun.failed, retry_on)
+            tree.body = [call("go_on"), *self._tried(cell.execution, used, tries, known.resume_at)]
             return tree
         cell.execution = Execution(
             session, options, code, inputs(), body, names, mentioned, verdict, begun.attempt
@@ -335,26 +344,43 @@ class Steps:
         recipes.forget_step(options.name)
         cell.execution.record()
         cell.execution.begin()
-        tree.body = self._marked(body, used)
+        tree.body = self._tried(cell.execution, used, Attempts(cell.execution, begun.failed, retry_on))
         return tree
 
-    def _marked(self, body: list[ast.stmt], used: analysis.Uses, start: int = 0) -> list[ast.stmt]:
-        """Return a step's statements from `start` on, with a mark before and behind each that may reach a gate."""
+    def _tried(
+        self, execution: Execution, used: analysis.Uses, tries: Attempts, start: int = 0
+    ) -> list[ast.stmt]:
+        """Return a step's statements from `start` on, marked; in a loop where its line asks for tries or limits."""
+        marked = self._marked(execution.body, used, start)
+        if execution.options.retry is None and execution.options.timeout_s is None:
+            return [node for _, piece in marked for node in piece]
+        execution.trying = tries
+        return in_attempts(marked, self.shell.ast_node_interactivity)
+
+    def _marked(
+        self, body: list[ast.stmt], used: analysis.Uses, start: int = 0
+    ) -> list[tuple[int, list[ast.stmt]]]:
+        """Return a step's statements from `start` on in pieces, each with the number of its first one.
+
+        A piece, but for the first, begins at a statement that may reach a gate: a mark stands before and behind it.
+        """
         asks = self.session.asks
         waiting = {
             name
             for name, fact in used.helpers.items()
             if GATE_CALL.search(fact.source) or (asks and QUESTION_CALL.search(fact.source))
         }
-        marked: list[ast.stmt] = []
+        pieces: list[tuple[int, list[ast.stmt]]] = [(start, [])]
         for index, node in enumerate(body[start:], start):
             if not may_wait(node, self.session.values, used.helpers.keys() if waiting else (), asks=asks):
-                marked.append(node)
+                pieces[-1][1].append(node)
                 continue
-            marked += [ast.copy_location(call("mark", index), node), node]
+            if index > start:
+                pieces.append((index, []))
+            pieces[-1][1].extend([ast.copy_location(call("mark", index), node), node])
             if node is not body[-1]:  # whose value the cell shows
-                marked.append(ast.copy_location(call("passed"), node))
-        return marked
+                pieces[-1][1].append(ast.copy_location(call("passed"), node))
+        return pieces
 
     def _forced(self, options: StepOptions) -> str | None:
         checkpoint = self.session.checkpoints.get(options.name)
@@ -453,7 +479,8 @@ class Steps:
     def _failed(self, execution: Execution, error: BaseException) -> None:
         if isinstance(error, Suspended):
             return
-        session = self.session
+        session, tries = self.session, execution.trying
+        verdict = tries.verdict.reason if tries is not None and tries.verdict is not None else ""
         question = contract.FailStep(
             run_id=session.run_id,
             epoch=session.epoch,
@@ -461,6 +488,8 @@ class Steps:
             attempt=execution.attempt,
             error=describe_error(error),
             replayed=tuple(execution.calls.replayed) if execution.calls else (),
+            pauses=tries is not None and tries.exhausted and tries.policy.on_exhausted == "pause",
+            sentence=verdict if execution.options.retry is not None else "",
         )
         if not (isinstance(error, KeyboardInterrupt) and self._waits_open(execution)):
             with suppress(DurableError):  # the user's own error is what must be seen
@@ -479,6 +508,8 @@ class Steps:
             if execution.calls is not None and execution.calls.made:
                 what += f" · {execution.calls.summary()} recorded"
             why = _because(execution.verdict)
+            if tries is not None and tries.exhausted:
+                why = f" ({verdict})"
             display.say(self.shell, f"✗ {execution.name} did not finish{why} · {what} · {todo}")
 
     def _waits_open(self, execution: Execution) -> bool:
@@ -502,12 +533,6 @@ def _elsewhere() -> bool:
     return threading.current_thread() is not threading.main_thread()
 
 
-def describe_error(error: BaseException) -> ErrorInfo:
-    """Return an exception as text."""
-    text = "".join(traceback.format_exception(error))
-    return ErrorInfo(name=type(error).__name__, message=str(error)[:2000], traceback=text[-20_000:])
-
-
 def _only(statement: ast.stmt) -> ast.Module:
     return ast.Module([statement], type_ignores=[])
 
@@ -517,35 +542,3 @@ def _stands_in_notebook(session: Session, cell_id: str, step: str) -> bool:
     if not cells:
         return True
     return any(c.id == cell_id and c.options is not None and c.options.name == step for c in cells)
-
-
-def shown_as(error: BaseException, sentence: str) -> BaseException:
-    """Show an interrupt as one sentence, instead of with a traceback through our own code."""
-    error._render_traceback_ = lambda: [sentence]  # type: ignore[attr-defined]
-    return error
-
-
-@contextmanager
-def uninterrupted(is_sent: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Hold back an interrupt while a checkpoint is committed; it is raised afterwards, unless something else is.
-
-    A second one ends the saving, as long as the commit was not sent: then it must be known what became of it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def hold(number: int, frame: Any) -> None:
-        held.append(number)
-        if len(held) > 1 and not is_sent():
-            raise shown_as(KeyboardInterrupt(), "KeyboardInterrupt: interrupted twice, so nothing was kept")
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise shown_as(KeyboardInterrupt(), "KeyboardInterrupt: what the step did until then is kept")

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from nbdurable.client import Client
-from nbdurable.contract import END_LEASE, GET_RUN, HEARTBEAT, ByRun, EndLease, Heartbeat
+from nbdurable.contract import END_LEASE, FAIL_STEP, GET_RUN, HEARTBEAT, ByRun, EndLease, FailStep, Heartbeat
 from nbdurable.errors import DurableError, Fenced, NotebookError
 from nbdurable.models import ErrorInfo, Run, RunStatus, Step, StepStatus
+from nbdurable.policies import span
 from nbdurable.processes import identity
 from nbdurable.runner.kernels import Kernel
 from nbdurable.runner.notebooks import output_path, read_snapshot, step_cells
@@ -44,9 +45,10 @@ class Wish(IntEnum):
     """Why a run should stop before its notebook ends; a stronger wish replaces a weaker one."""
 
     RELEASE = 1  # the worker stops: somebody else goes on with the run
-    CANCEL = 2
-    ORPHANED = 3  # the worker died
-    FENCED = 4  # somebody else drives the run
+    TIME_OUT = 2  # the run has had its time
+    CANCEL = 3
+    ORPHANED = 4  # the worker died
+    FENCED = 5  # somebody else drives the run
 
 
 class Stop:
@@ -80,6 +82,7 @@ class Executor:
         self.stop = Stop()
         self._worker = os.getppid() if worker is None else worker
         self._log = log
+        self._timeout_s = 0.0
         self._over = threading.Event()
         self._beat_now = threading.Event()
 
@@ -92,6 +95,7 @@ class Executor:
             )
             return 0
         self._say(f"── run {run.short}, epoch {self.epoch}, process {os.getpid()} ──")
+        self._timeout_s = run.timeout_s or 0.0
         try:
             kernel = self._kernel(run)
         except Exception as error:
@@ -102,7 +106,9 @@ class Executor:
             thread.start()
         try:
             end = self._end_of(self._execute(run, kernel), kernel)
-            if end.how in ("lose", "release", "cancel"):  # somebody else may go on at once
+            if end.how in ("lose", "release", "cancel", "time_out") or (
+                end.how == "fail" and run.retries
+            ):  # somebody else may go on at once
                 kernel.end(graceful=end.how != "lose")
             status = self._report(end)
             if end.how == "suspend":
@@ -114,6 +120,8 @@ class Executor:
             self._over.set()
             self._beat_now.set()
             kernel.end(graceful=not self.stop.disowned.is_set())
+            for path in self.home.last_words(self.run_id, self.epoch):
+                path.unlink(missing_ok=True)
 
     def _kernel(self, run: Run) -> Kernel:
         cwd = Path(run.cwd) if run.cwd is not None else Path(run.notebook).parent
@@ -185,7 +193,27 @@ class Executor:
         except Exception as error:
             if isinstance(error, DurableError) or kernel.exit_status is None:
                 return _failure(run, self.epoch, error)
-            return self._word("lose", _death(kernel.exit_status))
+            return self._last_word() or self._word("lose", _death(kernel.exit_status))
+
+    def _last_word(self) -> EndLease | None:
+        """Return what follows if the kernel ended itself, since a step's code took too long and was not to be stopped.
+
+        The attempt is recorded as the kernel would have recorded it. None where it did not.
+        """
+        words, stacks = self.home.last_words(self.run_id, self.epoch)
+        try:
+            told = stacks.read_text(encoding="utf-8", errors="replace")
+            question = FailStep.model_validate_json(words.read_bytes())
+        except (OSError, ValueError):
+            return None
+        if not told.strip():
+            return None
+        error = question.error.model_copy(update={"traceback": told})
+        self.client.call(FAIL_STEP, question.model_copy(update={"error": error}))
+        sentence = f"step {question.step!r} raised {error.name}: {error.message}"
+        if question.again_in_s is not None:
+            return self._word("suspend", sentence)
+        return self._word("fail", sentence, error)
 
     def _steps(self) -> Sequence[Step]:
         """Return the run's steps as the coordinator knows them; none where nobody should ask any more."""
@@ -224,6 +252,8 @@ class Executor:
         match self.stop.wish:
             case Wish.CANCEL if word.how != "complete":
                 return self._word("cancel", "cancelled")
+            case Wish.TIME_OUT if word.how != "complete":
+                return self._word("time_out", f"it was driven for the {span(self._timeout_s)} that it may be")
             case Wish.RELEASE if word.how not in ("complete", "suspend"):
                 return self._word("release", "its worker stopped; another one goes on with it")
             case Wish.ORPHANED if word.how not in ("complete", "suspend"):
@@ -263,6 +293,8 @@ class Executor:
             except DurableError as error:
                 self._say(f"no heartbeat: {error.message}")
             else:
+                if orders.time_out:
+                    self.stop.ask(Wish.TIME_OUT)
                 if orders.cancel:
                     self.stop.ask(Wish.CANCEL)
             self._beat_now.wait(HEARTBEAT_S)
@@ -279,7 +311,8 @@ class Executor:
                 continue
             asked_at = asked_at or time.monotonic()
             waited_s = time.monotonic() - asked_at
-            grace_s = self.settings.cancel_grace_s if self.stop.wish is Wish.CANCEL else _RELEASE_GRACE_S
+            asked = self.stop.wish in (Wish.CANCEL, Wish.TIME_OUT)
+            grace_s = self.settings.cancel_grace_s if asked else _RELEASE_GRACE_S
             if self.stop.disowned.is_set():
                 kernel.kill()
                 if waited_s > 2 * _LAST_WORD_S:  # stuck in a call: there is nothing left to do for us

@@ -14,14 +14,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
 from nbdurable.contract import CREATE_RUN, CreateRun
-from nbdurable.errors import CheckpointError, NotebookError, ParameterError, StepUsageError
+from nbdurable.errors import CheckpointError, NotebookError, ParameterError, StepUsageError, UsageError
 from nbdurable.models import DriverKind, Run
+from nbdurable.policies import Retry, seconds
 from nbdurable.security import load_key
 from nbdurable.settings import Home
 from nbdurable.stepline import read_step
@@ -57,12 +59,23 @@ def create_headless(
     cwd: Path | None = None,
     tags: tuple[str, ...] = (),
     idempotency_key: str | None = None,
+    retries: int = 0,
+    on_exhausted: str = "fail",
+    timeout: str | float | timedelta | None = None,
+    delay: str | float | timedelta = 0.0,
+    ttl: str | float | timedelta | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Run:
     """Create a queued run of a notebook as it is now; `warn` gets what people should know about it.
 
-    Raises NotebookError, StepUsageError or ParameterError for what can't be run, before anything is created.
+    `retries`: how often it is begun again after it has failed, its steps kept. `timeout`: how long it may be driven,
+    waits apart. `delay`: it begins so much later; `ttl`: and expires, if nobody has begun it by so much after that.
+    Raises NotebookError, StepUsageError, ParameterError or UsageError for what can't be run, before anything is
+    created.
     """
+    policy = Retry.of(retries, on_exhausted=on_exhausted)
+    timeout_s, ttl_s = _some("timeout", timeout), _some("ttl", ttl)
+    delay_s = seconds(delay)
     notebook = notebook.expanduser().absolute()
     prepared = prepare(notebook, parameters or {}, steps_mode=steps_mode, kernel_name=kernel_name)
     if output is not None:
@@ -88,6 +101,11 @@ def create_headless(
         tags=tags,
         idempotency_key=idempotency_key,
         steps_total=prepared.steps_total,
+        retries=policy.retries,
+        on_exhausted=policy.on_exhausted,
+        timeout_s=timeout_s,
+        delay_s=delay_s,
+        ttl_s=ttl_s,
     )
     if warn is not None:
         for sentence in prepared.warnings:
@@ -103,6 +121,17 @@ def create_headless(
             "its notebook or its parameters are others than those given now"
         )
     return run
+
+
+def _some(what: str, duration: str | float | timedelta | None) -> float | None:
+    """Return a duration that must be some, in seconds."""
+    if duration is None:
+        return None
+    if not (found := seconds(duration)):
+        raise UsageError(
+            f"a {what} of 0 would let nothing run", todo=f"leave the {what} out, or give it time"
+        )
+    return found
 
 
 def read_snapshot(home: Home, run: Run) -> Notebook:

@@ -60,7 +60,7 @@ _TABLES = "the tables are runs, waits, events, steps and checkpoints; `DESCRIBE 
 
 _SQL = load()
 _FINAL = [status.value for status in RunStatus if status.is_final]
-_RELEASED = [RunStatus.FAILED.value, RunStatus.CANCELLED.value]
+_RELEASED = [status.value for status in RunStatus if status.is_final and status is not RunStatus.COMPLETED]
 _INT64 = 1 << 63
 
 _log = logging.getLogger("nbdurable.store")
@@ -315,7 +315,7 @@ class DuckDBStore:
         return [row[0] for row in self._rows("runs_matching", {"fragment": fragment.lower()})]
 
     def run_with_key(self, idempotency_key: str, since: float) -> Run | None:
-        """Return the first run created with the key at or after `since`, but no failed or cancelled one."""
+        """Return the first run created with the key at or after `since`, but none that ended incomplete."""
         key = {"idempotency_key": idempotency_key, "since": timestamp(since), "released": _RELEASED}
         return _only(self._runs("run_with_key", key))
 

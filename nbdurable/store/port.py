@@ -102,7 +102,7 @@ class Store(Protocol):
         """Return ids (at most 10, newest first) that begin or end with `fragment`."""
 
     def run_with_key(self, idempotency_key: str, since: float) -> Run | None:
-        """Return the first run created with the key at or after `since`, but no failed or cancelled one."""
+        """Return the first run created with the key at or after `since`, but none that ended incomplete."""
 
     def runs(self, wanted: ListRuns) -> list[Run]: ...
 

@@ -131,9 +131,11 @@ def test_the_kernel_reaches_neither_store_nor_coordinator() -> None:
 def test_public_names() -> None:
     """The public names are these, and each can be had."""
     assert nbdurable.__all__ == [
+        "Abort",
         "Client",
         "Decision",
         "DurableError",
+        "RetryAfter",
         "WaitTimeout",
         "all_of",
         "all_of_async",

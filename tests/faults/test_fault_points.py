@@ -36,6 +36,8 @@ CELLS = [
     ("gate", "%%step gate\ndraft = f'{len(notes)} notes'\nprint('before the gate')\n"
              "decision = durable.approve(draft, title='Publish?')\npublished = decision.value"),
     ("nap", "%%step nap\ndurable.sleep(2.1)\nrested = True"),
+    ("try", "%%step try --retries 2 --min-wait 20ms --max-wait 20ms\nprint('try')\nnotes.append(Note('c'))\n"
+            "if durable.current_run().failures < 1:\n    raise TimeoutError('busy')\nlen(notes)"),
     ("end", "%%step end\nshared = alias is notes\nlast = [n.text for n in alias]\nprint(random.random())\n"
             "durable.result(shared=shared, last=last, total=int(big.sum()), published=published)"),
 ]  # fmt: skip

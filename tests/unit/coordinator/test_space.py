@@ -22,7 +22,7 @@ from nbdurable.models import Driver, DriverKind, Run, Variable
 from nbdurable.processes import identity
 from nbdurable.security import sign
 from nbdurable.settings import Home
-from tests.unit.coordinator.test_engine_and_time import World
+from tests.tools.world import World
 
 KEY = b"0" * 32
 DAY = 86_400.0

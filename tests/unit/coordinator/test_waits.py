@@ -17,7 +17,7 @@ from nbdurable.security import digest_of
 from nbdurable.settings import Home
 from nbdurable.store.duckdb_store import DuckDBStore
 from nbdurable.store.port import Changes, NewEvent
-from tests.unit.coordinator.test_engine_and_time import World, driver, headless, lease, show
+from tests.tools.world import World, driver, headless, lease, show
 
 FORM = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}, "required": ["n"]}
 
