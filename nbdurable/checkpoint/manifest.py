@@ -15,14 +15,16 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from nbdurable.checkpoint.blobs import MAP_FROM_BYTES, BlobStore, digest_of
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, MAP_FROM_BYTES, BlobStore, digest_of
 from nbdurable.errors import BlobDamaged, CheckpointError
 from nbdurable.models import Shape, SignedManifest, Variable
 from nbdurable.security import sign, verify
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, FORMAT)  # format 1 cut pickles into even chunks: a `Blob` of it has no `least`
 INLINE_BYTES = 16 << 10  # at most; larger contents are files
-STREAM_CHUNK = 256 << 10  # of pickles: what is appended to a list leaves the chunks before it as they were
+STREAM_CHUNK = 1 << 20  # of pickles: a smaller file costs as much fsync
+STREAM_LEAST = 256 << 10  # but what is appended to a list leaves all before its last 256 kB as it was
 
 
 class InputFact(Shape):
@@ -70,6 +72,23 @@ class CodeFacts(Shape):
     python: str = ""  # "3.11"
 
 
+def cuts(size: int, chunk: int, least: int = 0) -> list[int]:
+    """Return the sizes of the chunks that so many bytes are cut into.
+
+    What is left behind the last whole chunk is cut at its halves, quarters and so on, down to `least`: so few files
+    hold many bytes, and yet bytes that are appended change no more than the last one.
+    """
+    whole, rest = divmod(size, chunk)
+    sizes = [chunk] * whole
+    half = chunk // 2
+    while least and half >= least:
+        if rest >= half:
+            sizes.append(half)
+            rest -= half
+        half //= 2
+    return [*sizes, rest] if rest else sizes
+
+
 class Blob(Shape):
     """Bytes of a checkpoint: a file of the blob store, several of them, or base64 inside the manifest.
 
@@ -80,7 +99,10 @@ class Blob(Shape):
     digest: str
     size: int
     inline: str | None = None
-    chunk: int = 0  # size in bytes of each chunk but the last
+    chunk: int = 0  # size in bytes of each chunk but the last ones
+    least: int = (
+        0  # size down to which what is left at the end is cut into halves of a chunk; 0: it is one chunk
+    )
     chunks: tuple[str, ...] = ()  # their digests, where there are several
 
     def parts(self) -> tuple[tuple[str, int], ...]:
@@ -89,9 +111,7 @@ class Blob(Shape):
             return ()
         if not self.chunks:
             return ((self.digest, self.size),)
-        last = self.size - self.chunk * (len(self.chunks) - 1)
-        sizes = [self.chunk] * (len(self.chunks) - 1) + [last]
-        return tuple(zip(self.chunks, sizes, strict=True))
+        return tuple(zip(self.chunks, cuts(self.size, self.chunk, self.least), strict=True))
 
     def files(self) -> tuple[str, ...]:
         """Return the digests of the files that hold these bytes; none where they are inside the manifest."""
@@ -117,7 +137,7 @@ class Group(Shape):
 class Manifest(Shape):
     """A checkpoint: everything that a committed step left."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = FORMAT
     run_id: str
     step: str
     created_at: float
@@ -180,34 +200,37 @@ Sealed = TypeVar("Sealed", Manifest, CallManifest)
 
 def put_blob(data: bytes | memoryview, blobs: BlobStore) -> Blob:
     """Keep bytes for a manifest: up to 16 kB inside it, more in the blob store (durable after its `sync`)."""
-    return put_blobs([(data, STREAM_CHUNK)], blobs)[0]
+    return put_blobs([data], [], blobs)[0]
 
 
-def put_blobs(contents: Sequence[tuple[bytes | memoryview, int]], blobs: BlobStore) -> list[Blob]:
-    """Keep contents, given with the size in bytes of their chunks, as `put_blob` does, all at once.
+def put_blobs(
+    streams: Sequence[bytes | memoryview], buffers: Sequence[memoryview], blobs: BlobStore
+) -> list[Blob]:
+    """Keep pickles and then data, as `put_blob` does, all at once.
 
     More than a chunk becomes several files, of which those that stand already are not written again.
     """
-    views = [(memoryview(data).cast("B"), chunk) for data, chunk in contents]
-    pieces = [
-        view[start : start + chunk]
-        for view, chunk in views
-        if len(view) > INLINE_BYTES
-        for start in range(0, len(view), chunk)
-    ]
+    views = [(memoryview(data).cast("B"), STREAM_CHUNK, STREAM_LEAST) for data in streams]
+    views += [(data.cast("B"), BUFFER_CHUNK, 0) for data in buffers]
+    pieces = []
+    for view, chunk, least in views:
+        start = 0
+        for size in cuts(len(view), chunk, least) if len(view) > INLINE_BYTES else ():
+            pieces.append(view[start : start + size])
+            start += size
     digests = iter(blobs.put_all(pieces))
     kept = []
-    for view, chunk in views:
+    for view, chunk, least in views:
         if len(view) <= INLINE_BYTES:
             inline = base64.b64encode(view).decode()
             kept.append(Blob(digest=digest_of(view), size=len(view), inline=inline))
             continue
-        own = tuple(islice(digests, -(-len(view) // chunk)))
+        own = tuple(islice(digests, len(cuts(len(view), chunk, least))))
         if len(own) == 1:
             kept.append(Blob(digest=own[0], size=len(view)))
         else:
             whole = digest_of("".join(own).encode())
-            kept.append(Blob(digest=whole, size=len(view), chunk=chunk, chunks=own))
+            kept.append(Blob(digest=whole, size=len(view), chunk=chunk, least=least, chunks=own))
     return kept
 
 
@@ -254,7 +277,7 @@ def unseal_call(signed: SignedManifest, key: bytes, *, of: str) -> CallManifest:
 def _unsealed(signed: SignedManifest, key: bytes, of: str, shape: type[Sealed]) -> Sealed:
     text = verify(signed, key, of=of)
     fields = json.loads(text)
-    if fields.get("format") != FORMAT:
+    if fields.get("format") not in READS:
         raise CheckpointError(
             f"{of} has format {fields.get('format')!r}, of a newer nbdurable (this one reads {FORMAT})",
             todo="upgrade nbdurable here, or run the step again (`%durable rerun NAME`)",

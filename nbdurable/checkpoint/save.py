@@ -29,7 +29,7 @@ import cloudpickle
 
 from nbdurable.checkpoint import rebuild
 from nbdurable.checkpoint.analysis import globals_read, source_of_code
-from nbdurable.checkpoint.blobs import BUFFER_CHUNK, BlobStore
+from nbdurable.checkpoint.blobs import BlobStore
 from nbdurable.checkpoint.fingerprint import (
     Unfingerprintable,
     Walk,
@@ -40,7 +40,7 @@ from nbdurable.checkpoint.fingerprint import (
     plain_walk,
     reach,
 )
-from nbdurable.checkpoint.manifest import STREAM_CHUNK, Blob, Group, put_blob, put_blobs
+from nbdurable.checkpoint.manifest import Blob, Group, put_blob, put_blobs
 from nbdurable.checkpoint.objects import (
     DICT_VIEWS,
     LruCacheWrapper,
@@ -109,16 +109,15 @@ def save(
         warnings.simplefilter("ignore")
         job = _Job(namespace, names, fingerprints or {}, verify, step)
         packs = job.packs()
-    contents: list[tuple[bytes | memoryview, int]] = []
-    for pack in packs:
-        contents.append((pack.stream, STREAM_CHUNK))
-        contents += [(buffer, BUFFER_CHUNK) for buffer in pack.buffers]
-    kept = iter(put_blobs(contents, blobs))
+    kept = put_blobs(
+        [pack.stream for pack in packs], [buffer for pack in packs for buffer in pack.buffers], blobs
+    )
+    streams, data = iter(kept[: len(packs)]), iter(kept[len(packs) :])
     groups: list[Group] = []
     later: list[Group] = []
     variables, digests = list(job.refused.values()), {}
     for pack in packs:
-        stream, buffers = next(kept), tuple(islice(kept, len(pack.buffers)))
+        stream, buffers = next(streams), tuple(islice(data, len(pack.buffers)))
         group = Group(names=pack.names, stream=stream, buffers=buffers, code=pack.code, recipe=pack.recipe)
         (later if pack.recipe or pack.needs or later else groups).append(group)
         for name in pack.names:
@@ -504,9 +503,10 @@ def _components(keys: dict[str, set[int]], references: dict[str, set[str]]) -> l
             name = leader[name]
         return name
 
+    common = _common(list(keys.values()))
     owner: dict[int, str] = {}
     for name, objects in keys.items():
-        for ident in objects:
+        for ident in objects & common:
             leader[find(name)] = find(owner.setdefault(ident, name))
         for other in references[name]:
             if other in leader:
@@ -515,6 +515,17 @@ def _components(keys: dict[str, set[int]], references: dict[str, set[str]]) -> l
     for name in keys:
         parts.setdefault(find(name), set()).add(name)
     return list(parts.values())
+
+
+def _common(sets: list[set[int]]) -> set[int]:
+    """Return what stands in more than one of some sets, the largest of which is not copied."""
+    common: set[int] = set()
+    before: set[int] = set()
+    for number, one in enumerate(sorted(sets, key=len), 1):
+        common |= before & one
+        if number < len(sets):
+            before |= one
+    return common
 
 
 def _shared_memory(walks: Iterable[Walk]) -> set[int]:

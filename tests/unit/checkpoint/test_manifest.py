@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nbdurable.checkpoint.blobs import BUFFER_CHUNK, LocalBlobs
+from nbdurable.checkpoint.blobs import BUFFER_CHUNK, LocalBlobs, digest_of
 from nbdurable.checkpoint.manifest import (
+    FORMAT,
     INLINE_BYTES,
     STREAM_CHUNK,
+    STREAM_LEAST,
+    Blob,
     CodeFacts,
+    Group,
     Manifest,
     map_blob,
     put_blob,
@@ -20,6 +26,7 @@ from nbdurable.checkpoint.manifest import (
     seal,
     unseal,
 )
+from nbdurable.checkpoint.restore import restore
 from nbdurable.errors import BadSignature, BlobDamaged, CheckpointError
 from nbdurable.models import SignedManifest
 from nbdurable.security import sign
@@ -49,10 +56,28 @@ def test_an_altered_manifest_is_refused_before_it_is_parsed() -> None:
 
 def test_a_newer_format_is_said_to_be_newer() -> None:
     """Guarantee 11."""
-    text = json.dumps({**EMPTY.model_dump(mode="json"), "format": 2, "novelty": True})
+    text = json.dumps({**EMPTY.model_dump(mode="json"), "format": FORMAT + 1, "novelty": True})
     with pytest.raises(CheckpointError, match="newer nbdurable") as error:
         unseal(sign(text, KEY), KEY, of="step `s`")
     assert error.value.todo
+
+
+def test_a_checkpoint_of_the_first_format_is_still_read(tmp_path: Path) -> None:
+    """Guarantee 7: what format 1 wrote, in even chunks of 256 kB and without the fields that came later."""
+    blobs = LocalBlobs(tmp_path)
+    value = list(range(300_000))
+    stream = pickle.dumps(value, protocol=5) + pickle.dumps({}, protocol=5)
+    chunks = [stream[start : start + (256 << 10)] for start in range(0, len(stream), 256 << 10)]
+    digests = tuple(blobs.put(chunk) for chunk in chunks)
+    blob = Blob(
+        digest=digest_of("".join(digests).encode()), size=len(stream), chunk=256 << 10, chunks=digests
+    )
+    fields = EMPTY.model_copy(update={"groups": (Group(names=("x",), stream=blob),)}).model_dump(mode="json")
+    del fields["groups"][0]["stream"]["least"]
+    signed = sign(json.dumps({**fields, "format": 1}), KEY)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    restore(unseal(signed, KEY, of="step `s`"), namespace, blobs)
+    assert namespace["x"] == value
 
 
 @pytest.mark.parametrize("size", [0, 10, INLINE_BYTES, INLINE_BYTES + 1])
@@ -95,7 +120,7 @@ def _files(root: Path) -> set[Path]:
     return {path for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("size", [STREAM_CHUNK, STREAM_CHUNK + 1, 5 * STREAM_CHUNK])
+@pytest.mark.parametrize("size", [STREAM_CHUNK, STREAM_CHUNK + 1, 5 * STREAM_CHUNK, 2 * STREAM_CHUNK - 1])
 def test_large_contents_are_kept_in_chunks(tmp_path: Path, size: int) -> None:
     """Guarantees 7 and 8: they come back whole and verified, and the manifest names every file."""
     blobs = LocalBlobs(tmp_path)
@@ -118,7 +143,7 @@ def test_one_more_message_writes_one_chunk(tmp_path: Path) -> None:
     before = _files(tmp_path)
     assert _written(tmp_path, set()) > 5 << 20
     signed = cells.step("chat.append({'role': 'user', 'content': 'one more'})")
-    assert 0 < _written(tmp_path, before) <= 2 * STREAM_CHUNK
+    assert 0 < _written(tmp_path, before) <= 2 * STREAM_LEAST
     after = Cells(tmp_path)
     after.restore(signed)
     assert after["chat"] == cells["chat"]
