@@ -17,11 +17,12 @@ import secrets
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from blake3 import blake3
@@ -70,8 +71,14 @@ class BlobStore(Protocol):
     def put(self, data: bytes | memoryview) -> str:
         """Keep bytes, return their digest. They are durable after the next `sync`. Raises StoreFull."""
 
-    def put_all(self, parts: Sequence[memoryview]) -> list[str]:
-        """Keep several pieces of bytes, as `put` does."""
+    def put_all(
+        self, parts: Sequence[memoryview], looked: Mapping[mapped.Piece, str] = MappingProxyType({})
+    ) -> list[str]:
+        """Keep several pieces of bytes, as `put` does.
+
+        `looked`: the digests that pieces of memory had a moment ago. Of these, what is kept already is not hashed
+        again; what is written is.
+        """
 
     def sync(self) -> None:
         """Make everything put so far durable; raises BlobDamaged where what was mapped is not what was written."""
@@ -127,8 +134,14 @@ class LocalBlobs:
         """Keep bytes, return their digest. They are durable after the next `sync`. Raises StoreFull."""
         return self.put_all([memoryview(data).cast("B")])[0]
 
-    def put_all(self, parts: Sequence[memoryview]) -> list[str]:
-        """Keep several pieces of bytes, as `put` does: the next is hashed while others are written."""
+    def put_all(
+        self, parts: Sequence[memoryview], looked: Mapping[mapped.Piece, str] = MappingProxyType({})
+    ) -> list[str]:
+        """Keep several pieces of bytes, as `put` does: the next is hashed while others are written.
+
+        `looked`: the digests that pieces of memory had a moment ago. Of these, what is kept already is not hashed
+        again; what is written is.
+        """
         digests: list[str] = []
         drafts: dict[str, Future[Path | None]] = {}
         finished: list[Future[None]] = []
@@ -145,6 +158,10 @@ class LocalBlobs:
 
             try:
                 for part in parts:
+                    then = looked.get(piece) if looked and (piece := mapped.piece_of(part)) else None
+                    if then is not None and (then in started or self._is_known(then, len(part))):
+                        digests.append(then)
+                        continue
                     digests.append(digest := mapped.digest_of(part, digest_of))
                     if digest in started or self._is_known(digest, len(part)):
                         continue

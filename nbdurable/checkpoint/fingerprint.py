@@ -94,7 +94,8 @@ class Walk:
     """One walk over a value, which hashes what it sees, or only notes which objects it reaches.
 
     After `run`, `seen` holds the objects reached that can be shared, by id; `memory` where arrays look at memory,
-    by the id of its owner; `live` the names by which the value refers to functions and classes of the notebook.
+    by the id of its owner; `live` the names by which the value refers to functions and classes of the notebook;
+    `pieces` the digests of the value's own large memory, which `held` keeps alive, so that no address is used twice.
     `own`: the name of the notebook function or class that is itself the value. `opaque`: ids of objects
     that count by type alone. `problems`: where given, parts that can't be looked into are noted there and
     passed over.
@@ -119,6 +120,9 @@ class Walk:
         self.seen: dict[int, Any] = {}  # keeps the objects alive too, so that no id is used twice
         self.memory: dict[int, list[Place]] = {}
         self.live: set[str] = set()
+        self.root: Any = None
+        self.pieces: dict[mapped.Piece, str] = {}
+        self.held: list[memoryview] = []
         self._position: dict[int, int] = {}
         self._named: dict[int, tuple[Any, bytes]] = {}  # functions and classes that count by name, kept alive
         self._scalars: dict[type, bool] = {}
@@ -131,6 +135,7 @@ class Walk:
 
     def run(self, value: Any) -> str:
         """Walk over a value, return its digest; raises Unfingerprintable."""
+        self.root = value
         bodies: list[Parts] = [iter([("", value)])]
         trail: list[Part] = []
         while bodies:
@@ -180,7 +185,8 @@ class Walk:
         if depth > MAX_DEPTH or self._objects > MAX_OBJECTS:
             raise RecursionError("nested too deep")
 
-    def _emit(self, tag: bytes, data: Any = b"") -> None:
+    def _emit(self, tag: bytes, data: Any = b"", *, own: bool = False) -> None:
+        """Hash some bytes; `own`: they are the value's own memory, not a copy of it."""
         if not self.hashing:
             return
         size = len(data)
@@ -192,14 +198,14 @@ class Walk:
                 self._flush()
         else:
             self._flush()
-            self._bulk(data)
+            self._bulk(data, own)
 
     def _flush(self) -> None:
         if self._pending:
             self._hasher.update(bytes(self._pending))
             self._pending.clear()
 
-    def _bulk(self, data: Any) -> None:
+    def _bulk(self, data: Any, own: bool) -> None:
         """Hash many bytes, large ones by the digests of the chunks in which blobs keep them.
 
         So restored memory to which nobody has written need not be read at all.
@@ -209,8 +215,13 @@ class Walk:
             return
         view = memoryview(data)
         for start in range(0, len(view), BUFFER_CHUNK):
-            digest = mapped.digest_of(view[start : start + BUFFER_CHUNK], digest_of)
+            chunk = view[start : start + BUFFER_CHUNK]
+            digest = mapped.digest_of(chunk, digest_of)
+            if own and (piece := mapped.piece_of(chunk)) is not None:
+                self.pieces[piece] = digest
             self._hasher.update(digest.encode())
+        if own:
+            self.held.append(view)
 
     def _find(self, ident: int) -> int | None:
         walk: Walk | None = self
@@ -414,6 +425,8 @@ class Walk:
             for owner, places in walk.memory.items():
                 self.memory.setdefault(owner, []).extend(places)
             self.seen |= walk.seen
+            self.pieces |= walk.pieces
+            self.held += walk.held
             ordered.append(
                 (
                     digest,
@@ -596,7 +609,7 @@ class Walk:
             return None
         if self.hashing and array.size:
             flat = array.ravel()  # a view where it is contiguous
-            self._emit(b"nb", memoryview(flat.view("u1")))
+            self._emit(b"nb", memoryview(flat.view("u1")), own=flat.base is not None)
         return None
 
     def _note_memory(self, array: Any) -> None:
@@ -691,7 +704,7 @@ class Walk:
         for part in parts:
             yield from self._array(part, own_memory=False) or ()
 
-    def _arrow(self, value: Any, arrow: Any) -> Any:
+    def _arrow(self, value: Any, arrow: Any, own: bool = True) -> Any:
         """Hash Arrow data as an IPC stream: content without chunk borders, slices and unused bytes."""
         if isinstance(value, arrow.DataType | arrow.Field):
             self._emit(b"at", str(value).encode())
@@ -710,8 +723,10 @@ class Walk:
         self._emit(b"ar", type(value).__qualname__.encode())
         self._emit(b"as", bytes(table.schema.serialize()))
         for column in table.columns if self.hashing else ():
-            whole = arrow.table({"": _compact(column, arrow)})
-            with arrow.ipc.new_stream(arrow.PythonFile(_Sink(self), mode="w"), whole.schema) as stream:
+            compact = _compact(column, arrow)
+            whole = arrow.table({"": compact})
+            sink = _Sink(self, own and compact is column)
+            with arrow.ipc.new_stream(arrow.PythonFile(sink, mode="w"), whole.schema) as stream:
                 stream.write_table(whole)
         return None
 
@@ -809,7 +824,7 @@ class Walk:
                 column = column.cast(
                     polars.String
                 )  # codes depend on what the process saw before; Arrow has no 128 bits
-            self._arrow(column.to_frame().to_arrow(), sys.modules["pyarrow"])
+            self._arrow(column.to_frame().to_arrow(), sys.modules["pyarrow"], own=False)
         return None
 
 
@@ -854,12 +869,12 @@ class _Sink:
 
     closed = False
 
-    def __init__(self, walk: Walk) -> None:
-        self._walk = walk
+    def __init__(self, walk: Walk, own: bool) -> None:
+        self._walk, self._own = walk, own
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._walk._emit(b"", view)
+        self._walk._emit(b"", view, own=self._own)
         return len(view)
 
     def flush(self) -> None: ...

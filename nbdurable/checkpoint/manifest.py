@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from nbdurable.checkpoint.blobs import BUFFER_CHUNK, MAP_FROM_BYTES, BlobStore, digest_of
+from nbdurable.checkpoint.mapped import Piece
 from nbdurable.errors import BlobDamaged, CheckpointError
 from nbdurable.models import Shape, SignedManifest, Variable
 from nbdurable.security import sign, verify
 
 FORMAT = 2
-READS = (1, FORMAT)  # format 1 cut pickles into even chunks: a `Blob` of it has no `least`
+READS = (1, 2)  # format 1 cut pickles into even chunks: a `Blob` of it has no `least`
 INLINE_BYTES = 16 << 10  # at most; larger contents are files
 STREAM_CHUNK = 1 << 20  # of pickles: a smaller file costs as much fsync
 STREAM_LEAST = 256 << 10  # but what is appended to a list leaves all before its last 256 kB as it was
@@ -137,7 +139,7 @@ class Group(Shape):
 class Manifest(Shape):
     """A checkpoint: everything that a committed step left."""
 
-    format: Literal[1, 2] = FORMAT
+    format: Literal[1, 2] = 2
     run_id: str
     step: str
     created_at: float
@@ -204,11 +206,15 @@ def put_blob(data: bytes | memoryview, blobs: BlobStore) -> Blob:
 
 
 def put_blobs(
-    streams: Sequence[bytes | memoryview], buffers: Sequence[memoryview], blobs: BlobStore
+    streams: Sequence[bytes | memoryview],
+    buffers: Sequence[memoryview],
+    blobs: BlobStore,
+    looked: Mapping[Piece, str] = MappingProxyType({}),
 ) -> list[Blob]:
     """Keep pickles and then data, as `put_blob` does, all at once.
 
-    More than a chunk becomes several files, of which those that stand already are not written again.
+    More than a chunk becomes several files, of which those that stand already are not written again. `looked`: as
+    `BlobStore.put_all` takes it.
     """
     views = [(memoryview(data).cast("B"), STREAM_CHUNK, STREAM_LEAST) for data in streams]
     views += [(data.cast("B"), BUFFER_CHUNK, 0) for data in buffers]
@@ -218,7 +224,7 @@ def put_blobs(
         for size in cuts(len(view), chunk, least) if len(view) > INLINE_BYTES else ():
             pieces.append(view[start : start + size])
             start += size
-    digests = iter(blobs.put_all(pieces))
+    digests = iter(blobs.put_all(pieces, looked))
     kept = []
     for view, chunk, least in views:
         if len(view) <= INLINE_BYTES:

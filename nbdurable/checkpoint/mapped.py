@@ -28,6 +28,8 @@ _CAN_MAP = sys.platform in ("linux", "darwin") and ctypes.sizeof(ctypes.c_void_p
 _FAILED = ctypes.c_void_p(-1).value
 _abandoned: list[mmap.mmap] = []  # half mapped: unmapping them could hit what somebody else put into a hole
 
+Piece = tuple[int, int]  # of memory: its address, and its size in bytes
+
 
 class WrongSize(Exception):
     """A file has not the size that it should have."""
@@ -73,6 +75,15 @@ def map_files(files: Sequence[tuple[Path, int]]) -> memoryview:
 def address_of(view: memoryview) -> int:
     """Return where writable memory begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def piece_of(data: memoryview) -> Piece | None:
+    """Return where bytes begin in memory, and how many they are; None where that can't be found out."""
+    if not data.readonly:
+        return address_of(data), len(data)
+    if (numpy := sys.modules.get("numpy")) is None:
+        return None
+    return numpy.frombuffer(data, "u1").__array_interface__["data"][0], len(data)
 
 
 # What is known of it ---------------------------------------------------------------------------------------
@@ -123,13 +134,9 @@ def digest_of(data: memoryview, compute: Callable[[memoryview], str]) -> str:
 
 def _region_of(data: memoryview) -> tuple[_Region, int] | None:
     """Return the region that holds these bytes, and where in it they begin."""
-    numpy = sys.modules.get("numpy")
-    if not data.readonly:
-        start = address_of(data)
-    elif numpy is not None:
-        start = numpy.frombuffer(data, "u1").__array_interface__["data"][0]
-    else:
+    if (piece := piece_of(data)) is None:
         return None
+    start, _ = piece
     with _guard:
         for gone in [key for key, region in _regions.items() if region.memory() is None]:
             del _regions[gone]

@@ -92,25 +92,29 @@ def save(
     blobs: BlobStore,
     *,
     fingerprints: Mapping[str, str] | None = None,
+    walks: Mapping[str, Walk] | None = None,
     step: str = "",
     random: bool = False,
     verify: bool = True,
 ) -> Saved:
     """Write variables to blobs, and say what became of each.
 
-    `names`: the variables that were written. Another variable that shares a mutable object with one of them
-    is saved along, so that the sharing survives. `fingerprints`: those of all user variables, as
-    `Tracker.changes` gave them. `step`: what recipes made in it is saved as the function that makes it. `random`:
-    whether the state of the random generators is saved. `verify`: load small pickles back and compare. What can't
-    be saved is a Variable of state "unsaved" with its reason; it takes no unrelated variable down. Raises
-    StoreFull, CheckpointError if blobs can't be written.
+    `names`: the variables that were written. Another variable that shares a mutable object with one of them is saved
+    along, so that the sharing survives. `fingerprints` and `walks`: those of all user variables, as `Tracker.changes`
+    gave them; what it has just looked at is not looked at again. `step`: what recipes made in it is saved as the
+    function that makes it. `random`: whether the state of the random generators is saved. `verify`: load small pickles
+    back and compare. What can't be saved is a Variable of state "unsaved" with its reason; it takes no unrelated
+    variable down. Raises StoreFull, CheckpointError if blobs can't be written.
     """
     with warnings.catch_warnings():  # pickling objects may touch what they deprecate
         warnings.simplefilter("ignore")
-        job = _Job(namespace, names, fingerprints or {}, verify, step)
+        job = _Job(namespace, names, fingerprints or {}, walks or {}, verify, step)
         packs = job.packs()
     kept = put_blobs(
-        [pack.stream for pack in packs], [buffer for pack in packs for buffer in pack.buffers], blobs
+        [pack.stream for pack in packs],
+        [buffer for pack in packs for buffer in pack.buffers],
+        blobs,
+        {piece: digest for walk in (walks or {}).values() for piece, digest in walk.pieces.items()},
     )
     streams, data = iter(kept[: len(packs)]), iter(kept[len(packs) :])
     groups: list[Group] = []
@@ -193,6 +197,7 @@ class _Job:
         namespace: dict[str, Any],
         names: Collection[str],
         fingerprints: Mapping[str, str],
+        walks: Mapping[str, Walk],
         verify: bool,
         step: str,
     ) -> None:
@@ -209,7 +214,11 @@ class _Job:
         for name in sorted(self._written | {name for name in others if name in namespace}):
             value = namespace[name]
             if name in self._written or not (immutable(value) or isinstance(value, types.ModuleType)):
-                self._walks[name], self._problems[name] = reach(value, namespace, name)
+                walk = walks.get(name)
+                if walk is not None and walk.root is value and walk.own in ("", name):
+                    self._walks[name], self._problems[name] = walk, []
+                else:
+                    self._walks[name], self._problems[name] = reach(value, namespace, name)
 
     def digest(self, name: str) -> str:
         if name not in self._digests:

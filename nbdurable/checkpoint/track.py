@@ -55,7 +55,8 @@ class Changes:
     `bound`: names that are new or hold another object. `mutated`: names whose object changed.
     `fingerprints`: of every variable, after the cell; one that can't be looked into whole begins with
     `partly:` or `opaque:` and holds type names in place of what can't. `random`: whether `random` or
-    NumPy's global generator moved.
+    NumPy's global generator moved. `walks`: of the variables that were looked into whole, after the cell; they keep
+    alive what they saw.
     """
 
     bound: frozenset[str]
@@ -63,6 +64,7 @@ class Changes:
     deleted: frozenset[str]
     fingerprints: dict[str, str] = field(default_factory=dict)
     random: bool = False
+    walks: dict[str, Walk] = field(default_factory=dict)
 
     @property
     def written(self) -> frozenset[str]:
@@ -90,6 +92,9 @@ class Tracker:
 
     def snapshot(self) -> Snapshot:
         """Look at all user variables."""
+        return self._snapshot()[0]
+
+    def _snapshot(self) -> tuple[Snapshot, dict[str, Walk]]:
         with patient(), warnings.catch_warnings():  # looking into objects may touch what they deprecate
             warnings.simplefilter("ignore")
             variables = [
@@ -102,7 +107,7 @@ class Tracker:
         self._constant = {
             name: item for name, item in seen.items() if known.get(name) is item or immutable(item.value())
         }
-        return Snapshot(seen, _random_states(), sharing)
+        return Snapshot(seen, _random_states(), sharing), walks
 
     def changes(self, before: Snapshot, mentioned: Collection[str] = ()) -> Changes:
         """Return what changed since a snapshot.
@@ -111,7 +116,7 @@ class Tracker:
         uses up (a generator, an open file) counts as mutated when it is mentioned, since its position can't
         always be seen.
         """
-        after = self.snapshot()
+        after, walks = self._snapshot()
         bound, mutated = set(), set()
         for name, now in after.variables.items():
             then = before.variables.get(name)
@@ -127,6 +132,7 @@ class Tracker:
             deleted=frozenset(before.variables.keys() - after.variables.keys()),
             fingerprints={name: item.digest for name, item in after.variables.items()},
             random=before.random != after.random,
+            walks={name: walk for name, walk in walks.items() if not after.variables[name].problems},
         )
 
     def differences(self, before: Snapshot, mentioned: Collection[str] = ()) -> frozenset[str]:

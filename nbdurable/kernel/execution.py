@@ -23,6 +23,7 @@ from nbdurable.checkpoint.packages import versions
 from nbdurable.checkpoint.plan import Verdict, digest
 from nbdurable.checkpoint.recipes import misnamed
 from nbdurable.checkpoint.save import save
+from nbdurable.checkpoint.track import Changes
 from nbdurable.errors import ControlSignal, RestSkipped, StepUsageError
 from nbdurable.kernel import display
 from nbdurable.kernel.attempts import Attempts
@@ -186,8 +187,8 @@ class Execution:
         """Take note that the marked statement is over."""
         self._at = None
 
-    def written(self) -> tuple[set[str], set[str], dict[str, str], bool]:
-        """Return what the step wrote and deleted so far, fingerprints, and whether random state moved."""
+    def written(self) -> tuple[set[str], set[str], Changes, bool]:
+        """Return what the step wrote and deleted so far, what was looked at, and whether random state moved."""
         values = self.session.values
         changes = self.session.tracker.changes(self.before, self.mentioned)
         named = {name for name in self.names.stores | self.options.save if name in values}
@@ -197,12 +198,12 @@ class Execution:
             names |= {v.name for v in self.kept.variables if v.state != "deleted"} - deleted
             deleted |= set(self.kept.deleted) - names
         moved = changes.random or (self.kept is not None and self.kept.random is not None)
-        return names, deleted, dict(changes.fingerprints), moved
+        return names, deleted, changes, moved
 
     def _capture(self) -> Captured:
         """Save what the step wrote so far to blobs."""
         session = self.session
-        names, deleted, fingerprints, moved = self.written()
+        names, deleted, changes, moved = self.written()
         if self.again:
             names, deleted, moved = set(), set(), False
         if len(names) > MAX_VARIABLES:
@@ -215,7 +216,8 @@ class Execution:
             session.values,
             names - left_out,
             session.blobs,
-            fingerprints=fingerprints,
+            fingerprints=changes.fingerprints,
+            walks=changes.walks,
             step=self.name,
             random=moved,
         )

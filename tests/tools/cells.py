@@ -59,6 +59,7 @@ class Cells:
             changes.written,
             self.blobs,
             fingerprints=changes.fingerprints,
+            walks=changes.walks,
             random=changes.random,
         )
         self.blobs.sync()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdurable.checkpoint import mapped
-from nbdurable.checkpoint.blobs import MAP_FROM_BYTES, LocalBlobs
+from nbdurable.checkpoint.blobs import MAP_FROM_BYTES, LocalBlobs, digest_of
 from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, StoreFull
 
 SIZES = [0, 1, 1000, MAP_FROM_BYTES - 1, MAP_FROM_BYTES, 5 << 20]
@@ -280,3 +280,18 @@ def test_a_blob_found_again_survives_its_removal_at_the_same_moment(tmp_path: Pa
         assert blobs.has(digest)
         assert len(list(cleaner.files())) == 1, "nothing is left aside"
     assert outcomes
+
+
+def test_only_what_is_kept_is_not_hashed_again(tmp_path: Path) -> None:
+    """Guarantee 7: what is written is named after the bytes that are written, whatever they were a moment ago."""
+    blobs = LocalBlobs(tmp_path)
+    memory = memoryview(bytearray(os.urandom(100_000)))
+    piece = mapped.piece_of(memory)
+    assert piece is not None
+    then, content = digest_of(memory), bytes(memory)
+    memory[0] ^= 1
+    assert blobs.put_all([memory], {piece: then}) == [digest_of(memory)] != [then]
+    assert blobs.put(content) == then
+    memory[0] ^= 3
+    assert blobs.put_all([memory], {piece: then}) == [then]  # the value as it was when it was looked at
+    assert bytes(blobs.read(then)) == content
