@@ -152,6 +152,22 @@ def read_only(array: Any) -> Any:
     return array
 
 
+def texts(rows: list[tuple[Any, Any]], shape: tuple[int, ...], in_rows: bool, missing: Any) -> Any:
+    """Make an array of texts: for each row its characters, and their number per text (-1: None, -2: `missing`)."""
+    import numpy
+
+    made = numpy.empty(shape, "O", "C" if in_rows else "F")
+    flat = (made if in_rows else made.T).reshape(len(rows), -1)
+    for target, (joined, lengths) in zip(flat, rows, strict=True):
+        text = str(joined, "utf-8", "surrogatepass")
+        ends = numpy.cumsum(numpy.maximum(lengths, 0), dtype="i8").tolist()
+        items: list[Any] = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        for place in numpy.flatnonzero(lengths < 0).tolist():
+            items[place] = None if lengths[place] == -1 else missing
+        target[:] = items
+    return made
+
+
 def type_variable(
     name: str, constraints: tuple[Any, ...], bound: Any, covariant: bool, contravariant: bool, module: str
 ) -> Any:

@@ -31,6 +31,7 @@ from nbdurable.checkpoint import rebuild
 from nbdurable.checkpoint.analysis import globals_read, source_of_code
 from nbdurable.checkpoint.blobs import BlobStore
 from nbdurable.checkpoint.fingerprint import (
+    ATOMS,
     Unfingerprintable,
     Walk,
     fingerprint,
@@ -421,12 +422,15 @@ def _pickled(
     pickler.given = given or {}
     for name in names:
         start, first = file.tell(), len(buffers)
+        # nothing in it could be referred to twice, so that nothing need be remembered, which takes most of the time
+        pickler.fast = given is None and len(names) == 1 and _is_flat(values[name])
         try:
             pickler.dump(values[name])
         except Exception as error:
             reason = str(error).strip() or type(error).__name__
             raise _Refused(name, f"pickle refuses it ({reason[:300]}); {_PLAIN}") from error
         sizes[name] = file.tell() - start + sum(buffer.nbytes for buffer in buffers[first:])
+    pickler.fast = False
     pickler.dump(pickler.sources)
     modules = frozenset(pickler.modules)
     needs = frozenset(pickler.made)
@@ -469,7 +473,7 @@ def save_value(
         except _Refused as refused:
             raise NotSaveable(refused.reason) from refused
     stream, *buffers = put_blobs(
-        [(pack.stream, STREAM_CHUNK), *((buffer, BUFFER_CHUNK) for buffer in pack.buffers)], blobs
+        [pack.stream], pack.buffers, blobs
     )
     return Group(names=("",), stream=stream, buffers=tuple(buffers), code=pack.code), bool(places)
 
@@ -756,6 +760,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _array(self, array: Any) -> Any:
         """Reduce an array whose memory others look at to a view on that memory."""
         owner = memory_owner(array)
+        if id(owner) not in self._shared and (texts := _texts(array, self._numpy)) is not None:
+            return rebuild.texts, texts
         if id(owner) not in self._shared:
             # a large read-only one is mapped read-only; others could be made writable again
             if array.flags.writeable or _is_large(array):
@@ -823,6 +829,70 @@ _MADE_WITH_CLASS = frozenset(
 
 def _is_large(array: Any) -> bool:
     return array.nbytes >= OUT_OF_BAND_BYTES and array.flags.forc and not array.dtype.hasobject
+
+
+def _is_flat(value: Any) -> bool:
+    """Tell whether a value is a list or dict of atoms, in which no text or bytes stand twice."""
+    if type(value) is dict:
+        keys, items = value.keys(), list(value.values())
+    elif type(value) is list:
+        keys, items = {}.keys(), value
+    else:
+        return False
+    if not set(map(type, keys)) | set(map(type, items)) <= ATOMS:
+        return False
+    return _are_single([item for item in items if type(item) is str or type(item) is bytes])
+
+
+def _are_single(items: list[Any]) -> bool:
+    """Tell whether no two of some items are the same object."""
+    if len(items) < _FEW or (numpy := sys.modules.get("numpy")) is None:
+        return len(set(map(id, items))) == len(items)
+    idents = numpy.fromiter(map(id, items), "i8", len(items))
+    idents.sort()  # many times as fast as a set
+    return bool((idents[1:] != idents[:-1]).all())
+
+
+def _texts(array: Any, numpy: Any) -> tuple[Any, ...] | None:
+    """Return what `rebuild.texts` makes a large array of texts from; None for others.
+
+    A row at a time, so that one changed column of a frame is one changed buffer. None and one NaN may stand among them.
+    """
+    flags, dtype = array.flags, array.dtype
+    if dtype.kind != "O" or dtype.metadata is not None or array.size < _FEW:
+        return None
+    if not (flags.writeable and flags.forc):
+        return None
+    flat = array if flags.c_contiguous else array.T
+    missing: Any = None
+    rows = []
+    for row in flat.reshape(-1, flat.shape[-1]) if flat.shape[-1] >= _FEW else flat.reshape(1, -1):
+        items = row.tolist()
+        kinds = set(map(type, items))
+        if not kinds <= {str, float, type(None)}:
+            return None
+        nans = {id(item): item for item in items if type(item) is float} if float in kinds else {}
+        for item in nans.values():
+            missing = item if missing is None else missing
+            if item is not missing or item == item:
+                return None
+        texts = items if len(kinds) == 1 and str in kinds else [item for item in items if type(item) is str]
+        if not _are_single(texts):  # a pickle keeps each of them once, and so does who loads it
+            return None
+        sizes = map(len, items) if texts is items else map(_length, items)
+        try:
+            lengths = numpy.fromiter(sizes, "i4", len(items))
+        except OverflowError:
+            return None
+        rows.append((pickle.PickleBuffer("".join(texts).encode("utf-8", "surrogatepass")), lengths))
+    return rows, array.shape, bool(flags.c_contiguous), missing
+
+
+def _length(item: str | float | None) -> int:
+    return len(item) if isinstance(item, str) else -1 if item is None else -2
+
+
+_FEW = 1000  # items, below which nothing is gained
 
 
 _REDUCERS: dict[type, Any] = {

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -241,3 +242,71 @@ def test_what_needs_an_unsaved_class_is_unsaved_with_it(tmp_path: Path) -> None:
     assert "it needs `K`" in reasons["box"]
     assert after["free"] == 1
     assert isinstance(after["k"], Unsaved)
+
+
+TEXTS = [
+    "np.array([f'text {i}' for i in range(4000)], dtype=object)",
+    "np.array([f'zeile ü {i} \\U0001f600' for i in range(4000)], dtype=object).reshape(2, 2000)",
+    "np.array([f'{i}' for i in range(4000)], dtype=object).reshape(2000, 2, order='F')",
+    "np.array([f'{i}' for i in range(4000)], dtype=object).reshape(2, 2000).T",
+    "np.array([f'{i}' for i in range(4000)], dtype=object).reshape(10, 20, 20)",
+    "np.array([f'{i}' if i % 3 else None if i % 2 else np.nan for i in range(4000)], dtype=object)",
+    "np.array(['\\ud83d' + str(i) + '\\udc00' for i in range(4000)], dtype=object)",
+    "np.array([f'{i}' if i % 3 else float(i) for i in range(4000)], dtype=object)",
+    "np.array([f'{i}' if i % 3 else float('nan') for i in range(4000)], dtype=object)",
+    "np.array([str(i % 7) * 3 for i in range(4000)] + [None] * 9, dtype=object)",
+    "np.array([None] * 4000, dtype=object)",
+    "np.array(['a b', 'c d'] * 2000, dtype=object)",
+    "['a b', 'c d'] * 2000",
+    "np.array(['', *map(str, range(4000))], dtype=object)",
+    "[f'text {i}' for i in range(4000)]",
+    "[f'text {i % 9}' for i in range(4000)]",
+    "{f'text {i}': b'%d' % i for i in range(4000)}",
+    "{(i if i % 2 else f'{i}'): [None, 1.5, 2**70, b'', True][i % 5] for i in range(4000)}",
+]
+
+
+@pytest.mark.parametrize("made", TEXTS)
+def test_many_texts_come_back_as_they_were(made: str, tmp_path: Path) -> None:
+    """Guarantee 7: with types, order in memory, what is missing, and room to change them."""
+    before = Cells(tmp_path, "import numpy as np")
+    signed = before.step(f"x = {made}; y = [x, x]")
+    alone = before.step(f"z = {made}")
+    after = Cells(tmp_path, "import numpy as np")
+    after.restore(signed)
+    after.restore(alone)
+    assert after["y"][0] is after["y"][1] is after["x"]
+    assert after.fingerprints() == before.fingerprints()
+    x, then = after["z"], before["z"]
+    assert list(map(type, _flat(x))) == list(map(type, _flat(then)))
+    assert repr(_flat(x)) == repr(_flat(then))
+    assert len(set(map(id, _flat(x)))) <= len(set(map(id, _flat(then))))
+    if not isinstance(x, list | dict):
+        assert (x.strides, x.flags.writeable, x.flags.owndata) == (then.strides, True, True)
+
+
+def _flat(value: Any) -> list[Any]:
+    return (
+        [*value.items()]
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, list)
+        else value.ravel().tolist()
+    )
+
+
+def test_one_changed_column_of_texts_writes_one_column(tmp_path: Path) -> None:
+    """The others are not written again, wherever pandas puts it."""
+    cells = Cells(tmp_path, "import pandas as pd")
+    cells.step(
+        "f = pd.DataFrame({c: pd.Series([f'{c} {i}' for i in range(50_000)], dtype=object) for c in 'abcdef'})"
+    )
+    before = set(tmp_path.rglob("*"))
+    signed = cells.step("f['c'] = f['c'].str.upper().astype(object)")
+    written = sum(
+        path.stat().st_size for path in tmp_path.rglob("*") if path.is_file() and path not in before
+    )
+    assert written < 2 * 50_000 * 12
+    after = Cells(tmp_path, "import pandas as pd")
+    after.restore(signed)
+    assert after["f"].equals(cells["f"])
