@@ -63,7 +63,7 @@ from nbdurable.checkpoint.track import is_user_name
 from nbdurable.errors import CheckpointError
 from nbdurable.models import Variable
 
-OUT_OF_BAND_BYTES = 64 << 10  # smaller buffers stay in the stream
+OUT_OF_BAND_BYTES = 256 << 10  # smaller buffers stay in the stream: a file of their own would cost an fsync
 VERIFIED_STREAM_BYTES = 1 << 20  # pickles up to this size are loaded back at once and compared
 VERIFIED_BUFFER_BYTES = 64 << 20
 _PLAIN = "create it in a plain cell"
@@ -169,7 +169,7 @@ def random_state() -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Pack:
     names: tuple[str, ...]
-    stream: bytes
+    stream: memoryview
     buffers: list[memoryview]
     sizes: dict[str, int]
     modules: frozenset[str]
@@ -434,7 +434,7 @@ def _pickled(
     pickler.dump(pickler.sources)
     modules = frozenset(pickler.modules)
     needs = frozenset(pickler.made)
-    return _Pack(names, file.getvalue(), buffers, sizes, modules, pickler.by_value, needs)
+    return _Pack(names, file.getbuffer(), buffers, sizes, modules, pickler.by_value, needs)
 
 
 def _is_small(pack: _Pack) -> bool:
@@ -472,9 +472,7 @@ def save_value(
                 _compare(pack, value, namespace, given, bool(places))
         except _Refused as refused:
             raise NotSaveable(refused.reason) from refused
-    stream, *buffers = put_blobs(
-        [pack.stream], pack.buffers, blobs
-    )
+    stream, *buffers = put_blobs([pack.stream], pack.buffers, blobs)
     return Group(names=("",), stream=stream, buffers=tuple(buffers), code=pack.code), bool(places)
 
 
@@ -834,14 +832,20 @@ def _is_large(array: Any) -> bool:
 def _is_flat(value: Any) -> bool:
     """Tell whether a value is a list or dict of atoms, in which no text or bytes stand twice."""
     if type(value) is dict:
-        keys, items = value.keys(), list(value.values())
+        parts: list[Any] = [value.keys(), value.values()]
     elif type(value) is list:
-        keys, items = {}.keys(), value
+        parts = [value]
     else:
         return False
-    if not set(map(type, keys)) | set(map(type, items)) <= ATOMS:
+    kinds = [set(map(type, part)) for part in parts]
+    if not set().union(*kinds) <= ATOMS:
         return False
-    return _are_single([item for item in items if type(item) is str or type(item) is bytes])
+    if len(parts) == 2 and kinds[1].isdisjoint(_TEXTS):  # keys are different ones
+        return True
+    return _are_single([item for part in parts for item in part if type(item) in _TEXTS])
+
+
+_TEXTS = frozenset({str, bytes})  # what a pickle remembers among the atoms
 
 
 def _are_single(items: list[Any]) -> bool:

@@ -299,14 +299,14 @@ def test_one_changed_column_of_texts_writes_one_column(tmp_path: Path) -> None:
     """The others are not written again, wherever pandas puts it."""
     cells = Cells(tmp_path, "import pandas as pd")
     cells.step(
-        "f = pd.DataFrame({c: pd.Series([f'{c} {i}' for i in range(50_000)], dtype=object) for c in 'abcdef'})"
+        "f = pd.DataFrame({c: pd.Series([f'{c} {i}' for i in range(100_000)], dtype=object) for c in 'abcdef'})"
     )
     before = set(tmp_path.rglob("*"))
     signed = cells.step("f['c'] = f['c'].str.upper().astype(object)")
     written = sum(
         path.stat().st_size for path in tmp_path.rglob("*") if path.is_file() and path not in before
     )
-    assert written < 2 * 50_000 * 12
+    assert written < 2 * 100_000 * 12
     after = Cells(tmp_path, "import pandas as pd")
     after.restore(signed)
     assert after["f"].equals(cells["f"])
