@@ -59,6 +59,7 @@ from nbdurable.checkpoint.patience import others_code, patient
 from nbdurable.checkpoint.preview import describe, printable
 from nbdurable.checkpoint.recipes import in_use, made_by, recipe_of, said
 from nbdurable.checkpoint.restore import load, placed
+from nbdurable.checkpoint.threads import others_run
 from nbdurable.checkpoint.track import is_user_name
 from nbdurable.errors import CheckpointError
 from nbdurable.models import Variable
@@ -104,19 +105,19 @@ def save(
     along, so that the sharing survives. `fingerprints` and `walks`: those of all user variables, as `Tracker.changes`
     gave them; what it has just looked at is not looked at again. `step`: what recipes made in it is saved as the
     function that makes it. `random`: whether the state of the random generators is saved. `verify`: load small pickles
-    back and compare. What can't be saved is a Variable of state "unsaved" with its reason; it takes no unrelated
-    variable down. Raises StoreFull, CheckpointError if blobs can't be written.
+    back and compare. What can't be saved, or another thread changes meanwhile, is a Variable of state "unsaved" with
+    its reason; it takes no unrelated variable down. Raises StoreFull, CheckpointError if blobs can't be written.
     """
     with warnings.catch_warnings():  # pickling objects may touch what they deprecate
         warnings.simplefilter("ignore")
         job = _Job(namespace, names, fingerprints or {}, walks or {}, verify, step)
-        packs = job.packs()
-    kept = put_blobs(
-        [pack.stream for pack in packs],
-        [buffer for pack in packs for buffer in pack.buffers],
-        blobs,
-        {piece: digest for walk in (walks or {}).values() for piece, digest in walk.pieces.items()},
-    )
+        pieces = {piece: digest for walk in (walks or {}).values() for piece, digest in walk.pieces.items()}
+        while True:
+            packs = job.packs()
+            streams_of = [pack.stream for pack in packs]
+            kept = put_blobs(streams_of, [buffer for pack in packs for buffer in pack.buffers], blobs, pieces)
+            if not (others_run() and job.refuse_changed(packs)):
+                break
     streams, data = iter(kept[: len(packs)]), iter(kept[len(packs) :])
     groups: list[Group] = []
     later: list[Group] = []
@@ -225,6 +226,21 @@ class _Job:
         if name not in self._digests:
             self._digests[name] = fingerprint(self.namespace[name], self.namespace)
         return self._digests[name]
+
+    def refuse_changed(self, packs: Iterable[_Pack]) -> bool:
+        """Refuse what is not any more what it was when it was looked at; tell whether anything is."""
+        changed = [
+            name
+            for pack in packs
+            for name in pack.names
+            if not pack.recipe and _now(self.namespace[name], self.namespace) != self.digest(name)
+        ]
+        for name in changed:
+            self._refuse(
+                name,
+                "another thread changed it while it was saved; let the step wait until the thread is done",
+            )
+        return bool(changed)
 
     def packs(self) -> list[_Pack]:
         """Pickle every group; a variable that can't be saved is refused, and its group tried again without it.
@@ -395,6 +411,13 @@ class _Job:
             raise _Refused(
                 getattr(error, "variable", current), f"a copy of it can't be loaded ({reason}); {_PLAIN}"
             ) from error
+
+
+def _now(value: Any, namespace: dict[str, Any]) -> str:
+    try:
+        return fingerprint(value, namespace)
+    except (Unfingerprintable, RuntimeError):  # a dict that grows while it is looked into
+        return ""
 
 
 def _pickled(

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from nbdurable.checkpoint import fingerprint, objects, patience
+from nbdurable.checkpoint.manifest import unseal
 from nbdurable.checkpoint.unsaved import Unsaved
-from tests.tools.cells import Cells
+from tests.tools.cells import KEY, Cells
 
 pytestmark = pytest.mark.timeout(120, method="thread")  # its other method takes the timer that is tested here
 PLAIN = "import enum, functools, itertools, time, typing\nnever = 300"
@@ -199,6 +200,24 @@ def test_a_changed_attribute_of_a_caching_function_is_a_write(tmp_path: Path) ->
     cells = Cells(tmp_path, "import functools\n@functools.cache\ndef f(x): return x\nf.seen = []")
     assert cells.watch("f.seen.append(1)").written == {"f"}
     assert cells.watch("f(1)").written == frozenset()
+
+
+def test_large_values_that_a_thread_writes_to_are_refused(tmp_path: Path) -> None:
+    """Guarantee 7: what is too large to be loaded back and compared is not kept torn; what shares with it neither."""
+    cells = Cells(tmp_path, "import threading\nimport numpy as np")
+    cells.run("going = threading.Event()\nbegun = threading.Event()")
+    signed = cells.step(
+        "calm = np.arange(12_000_000)\nbusy = np.zeros(12_000_000)\nview = busy[::2]\n"
+        "def work():\n    while not going.is_set():\n        busy[:] += 1\n        begun.set()\n"
+        "thread = threading.Thread(target=work, daemon=True); thread.start()\nbegun.wait(20)"
+    )
+    cells["going"].set()
+    cells["thread"].join(20)
+    states = {v.name: (v.state, v.reason) for v in unseal(signed, KEY, of="step").variables}
+    assert states["calm"] == ("saved", "")
+    for name in ("busy", "view"):
+        assert states[name][0] == "unsaved"
+        assert "another thread changed it while it was saved" in states[name][1]
 
 
 def test_variables_that_a_thread_changes_are_kept_or_refused(tmp_path: Path) -> None:
