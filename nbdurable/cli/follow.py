@@ -71,7 +71,9 @@ def _details(step: Step) -> Iterator[tuple[str, str]]:
         why = (
             f"{error.name}: {clip(error.message, 50)}" if error else f"attempt {trouble[-1].number} was lost"
         )
-        notes.append(f"attempt {step.attempts[-1].number} ({why})")
+        again_in_s = trouble[-1].again_in_s
+        waited = "" if again_in_s is None else f", waited {span(again_in_s)}"
+        notes.append(f"attempt {step.attempts[-1].number} ({why}{waited})")
     saved = [variable(found) for found in step.variables if found.state == "saved"]
     notes += saved[:_SHOWN_VARIABLES]
     if len(saved) > _SHOWN_VARIABLES:

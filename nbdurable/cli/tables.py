@@ -74,6 +74,10 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
         "took": _length(run, time.time()),
         "driver": run.driver and (run.driver.label or f"{run.driver.process.role} {run.driver.process.pid}"),
         "recoveries": str(run.recoveries) if run.recoveries else "",
+        "retries": f"{run.failures} of {run.retries} used" if run.retries else "",
+        "timeout": "" if run.timeout_s is None else f"{span(run.timeout_s)} of driving",
+        "begins": "" if run.begins_at is None else clock(run.begins_at),
+        "expires": "" if run.expires_at is None or run.epoch else clock(run.expires_at),
         "progress": run.progress and _progress(run.progress),
         "metadata": run.metadata and json.dumps(run.metadata, ensure_ascii=False),
         "result": "" if run.result is None else json.dumps(run.result, ensure_ascii=False),
@@ -111,14 +115,14 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
             error = attempt.error
             assert error is not None
             said = clip(f"{error.name}: {error.message}", 200)
-            screen.say(
-                ("✗", "red"), f" {step.name}, attempt {attempt.number} at {clock(attempt.started_at)}: {said}"
-            )
+            again = "" if attempt.again_in_s is None else f" · again in {span(attempt.again_in_s)}"
+            at = clock(attempt.started_at)
+            screen.say(("✗", "red"), f" {step.name}, attempt {attempt.number} at {at}: {said}{again}")
     if run.waits:
         screen.say()
         _waits_table(run.waits, screen)
         _print_answers(run.waits, screen, home)
-    if run.error and run.status is RunStatus.FAILED:
+    if run.error and run.status in (RunStatus.FAILED, RunStatus.PAUSED):
         screen.say()
         screen.say(run.error.traceback.rstrip() or f"{run.error.name}: {run.error.message}")
         screen.say("  → go on from the last committed step: ", (hint(home)(f"resume {run.short}"), "bold"))

@@ -75,12 +75,18 @@ class DurableMagics(Magics):  # type: ignore[misc]
         """Run this cell once: what it writes and displays is kept, and restored when it is run again.
 
             %%step NAME [--on-drift keep|rerun|error] [--save a,b] [--no-save c,d] [--watch FILE|env:NAME,…] [--force]
+                        [--retries N] [--backoff F] [--min-wait T] [--max-wait T] [--retry-on ERROR,…]
+                        [--on-exhausted fail|pause] [--timeout T]
             %%step NAME --replay
 
         NAME is unique in the notebook. `--on-drift`: what happens where only the value of an input differs.
         `--save`, `--no-save`: variables to keep, or not, whatever the cell does. `--force`: run it anyway.
         `--watch data.csv,parts/*.parquet,env:MODE`: files, from the notebook's folder, and environment variables that
         it stands on as it does on its code: it runs again where one of them changed.
+        `--retries 3`: where it fails, it is tried again, from the state before it, after 1 to 2 s, 2 to 4 s, … up to a
+        minute (`--min-wait`, `--max-wait`, `--backoff`); `--retry-on`: only for these errors, or where this function of
+        the error says so. `raise durable.Abort(…)` ends the tries, `durable.RetryAfter("30s")` sets the wait. With
+        `--on-exhausted pause` a headless run is paused in the end. `--timeout 10m`: of each try, waits apart.
         `--replay`: the cell makes what can't be saved (a client, a connection): it runs again in every attempt, saves
         nothing, and what later steps made from it is kept. `durable.recipe` does so for a single variable.
         `%durable help` lists what can be asked about steps.

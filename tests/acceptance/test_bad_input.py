@@ -160,6 +160,18 @@ MATRIX |= {
     ],
     "checkpoints: a million variables": [f"{KERNEL_TOO}::test_a_namespace_of_very_many_variables"],
 }
+MATRIX |= {
+    "calls: a retry policy that is nonsense": [
+        "unit/test_policies.py::test_a_policy_that_is_nonsense_is_refused",
+        "unit/kernel/test_rewrite.py::test_a_policy_that_is_nonsense_is_refused_at_the_line",
+        f"{HERE}::test_a_step_cell_that_can_not_run_is_refused_before_the_run",
+        f"{HERE}::test_a_run_that_makes_no_sense_is_refused",
+    ],
+    "calls: a timeout of zero": [
+        "unit/kernel/test_rewrite.py::test_a_policy_that_is_nonsense_is_refused_at_the_line",
+        f"{HERE}::test_a_run_that_makes_no_sense_is_refused",
+    ],
+}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
 
 
@@ -180,6 +192,9 @@ def test_each_item_names_tests_that_exist() -> None:
         ("y = 1\n%%step one\nx = 1", "stands on line 2"),
         ("%%step one\n# nothing", "step `one` has no code"),
         ("%%step\nx = 1", "needs a name"),
+        ("%%step one --retries -1\nx = 1", "retries can't be -1"),
+        ("%%step one --retries 1 --min-wait '5 minutes'\nx = 1", "'5 minutes' is no duration"),
+        ("%%step one --timeout 0s\nx = 1", "a timeout of 0"),
     ],
 )
 def test_a_step_cell_that_can_not_run_is_refused_before_the_run(
@@ -192,6 +207,29 @@ def test_a_step_cell_that_can_not_run_is_refused_before_the_run(
     assert said in found.stderr
     assert "cell 3 (id cell-2)" in found.stderr
     assert "wrong.ipynb" in found.stderr
+    assert not own_project.home.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--retries", "-1"), "retries can't be -1"),
+        (("--retries", "1001"), "0 to 1000"),
+        (("--timeout", "0s"), "a timeout of 0 would let nothing run"),
+        (("--timeout", "nan"), "'nan' is no duration"),
+        (("--delay", "5 minutes"), "'5 minutes' is no duration"),
+        (("--ttl", "0s"), "a ttl of 0 would let nothing run"),
+        (("--on-exhausted", "explode"), "on_exhausted can't be 'explode'"),
+    ],
+)
+def test_a_run_that_makes_no_sense_is_refused(
+    own_project: Project, words: tuple[str, ...], said: str
+) -> None:
+    """Guarantee 11: status 2, and nothing was begun."""
+    own_project.notebook("fine.ipynb", "%%step one\nx = 1")
+    found = own_project.run("run", "fine.ipynb", *words)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert said in found.stderr
     assert not own_project.home.exists()
 
 

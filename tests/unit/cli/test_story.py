@@ -156,13 +156,15 @@ def test_only_an_open_approval_ends_a_follow(kind: WaitKind, status: WaitStatus,
 
 
 def test_each_status_that_ends_a_follow_has_its_exit_status() -> None:
-    """Design §6: 0 completed, 1 failed, 3 waiting, 4 cancelled."""
+    """Design §6: 0 completed, 1 failed (or paused, timed out, expired), 3 waiting, 4 cancelled."""
     wanted = {
         RunStatus.COMPLETED: 0,
         RunStatus.FAILED: 1,
         RunStatus.PAUSED: 1,
         RunStatus.WAITING: 3,
         RunStatus.CANCELLED: 4,
+        RunStatus.TIMED_OUT: 1,
+        RunStatus.EXPIRED: 1,
     }
     assert wanted == EXIT_STATUS
 
