@@ -116,7 +116,7 @@ class Story:
             for wait in run.waits:
                 if wait.status is WaitStatus.OPEN and wait.id not in self._waits:
                     self._waits.add(wait.id)
-                    yield (" ", *self._wait(wait))
+                    yield (" ", *(_next_try(run, wait) or self._wait(wait)))
 
     def _wait(self, wait: Wait) -> Line:
         name = f" {wait.step or '':<{_NAME_WIDTH}}  "
@@ -146,6 +146,17 @@ class Story:
             (self._command(f"approve {wait.id}"), "bold"),
             *((f"   or  {page}",) if page else ()),
         )
+
+
+def _next_try(run: RunDetail, wait: Wait) -> Line | None:
+    """Return the line of a timer that stands between two tries of a step; None for any other wait."""
+    tries = next((step.attempts for step in run.steps if step.name == wait.step), ())
+    if wait.kind is not WaitKind.TIMER or wait.due_at is None or not tries or tries[-1].again_in_s is None:
+        return None
+    error = tries[-1].error
+    said = f" ({clip(f'{error.name}: {error.message}')})" if error else ""
+    name = f" {wait.step:<{_NAME_WIDTH}}  "
+    return (("↻", "yellow"), name, f"failed{said}", (f" · tried again at {clock(wait.due_at)}", "dim"))
 
 
 def heading(run: Run) -> Line:

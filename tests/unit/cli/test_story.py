@@ -155,6 +155,29 @@ def test_only_an_open_approval_ends_a_follow(kind: WaitKind, status: WaitStatus,
     assert needs_person(a_run(RunStatus.WAITING, waits=(a_wait(kind, status),))) is needed
 
 
+def test_a_wait_between_two_tries_is_told_with_what_failed() -> None:
+    """Guarantee 9: and the step's own line tells how long the wait was."""
+    failed = Attempt(
+        number=1,
+        status="failed",
+        epoch=1,
+        started_at=1.0,
+        ended_at=2.0,
+        error=ErrorInfo(name="RateLimitError", message="429"),
+        again_in_s=4.0,
+    )
+    timer = a_wait(WaitKind.TIMER).model_copy(update={"due_at": 6.0})
+    story = a_story()
+    step = a_step(StepStatus.FAILED, name="review", attempts=(failed,))
+    (line,) = told(story, a_run(RunStatus.WAITING, steps=(step,), waits=(timer,)))
+    assert line.startswith("↻ review failed (RateLimitError: 429) · tried again at ")
+    done = Attempt(number=2, status="completed", epoch=2, started_at=6.0, ended_at=6.5)
+    step = a_step(name="review", attempts=(failed, done))
+    assert told(story, a_run(steps=(step,))) == [
+        "✓ review 0.5 s attempt 2 (RateLimitError: 429, waited 4.0 s)"
+    ]
+
+
 def test_each_status_that_ends_a_follow_has_its_exit_status() -> None:
     """Design §6: 0 completed, 1 failed (or paused, timed out, expired), 3 waiting, 4 cancelled."""
     wanted = {
