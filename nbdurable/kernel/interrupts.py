@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from nbdurable.kernel.limits import paused
 from nbdurable.models import ErrorInfo
 
 
@@ -31,6 +32,8 @@ def shown_as(error: BaseException, sentence: str) -> BaseException:
 def uninterrupted(is_sent: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Hold back an interrupt while a checkpoint is committed; it is raised afterwards, unless something else is.
 
+    A time limit stands still meanwhile: nor must it cut a conversation with the coordinator in two.
+
     A second one ends the saving, as long as the commit was not sent: then it must be known what became of it.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -46,7 +49,8 @@ def uninterrupted(is_sent: Callable[[], bool] = lambda: True) -> Iterator[None]:
 
     signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        with paused():
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
     if held:
