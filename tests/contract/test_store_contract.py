@@ -306,6 +306,7 @@ def test_open_runs_are_those_that_are_not_final(store: Store) -> None:
     put(store, runs=[run(number, status=status) for number, status in enumerate(RunStatus)])
 
     assert {found.status for found in store.open_runs()} == {
+        RunStatus.DELAYED,
         RunStatus.QUEUED,
         RunStatus.RUNNING,
         RunStatus.WAITING,
