@@ -31,6 +31,9 @@ _HOMES = {
     "load": "nbdurable.kernel.travel",
     "recipe": "nbdurable.kernel.recipes",
     "step": "nbdurable.kernel.calls",
+    "Failed": "nbdurable.kernel.mapping",
+    "map": "nbdurable.kernel.mapping",
+    "map_async": "nbdurable.kernel.mapping",
     "Client": "nbdurable.client",
     "DurableError": "nbdurable.errors",
     "Abort": "nbdurable.errors",
@@ -44,6 +47,7 @@ __all__ = [
     "Client",
     "Decision",
     "DurableError",
+    "Failed",
     "RetryAfter",
     "WaitTimeout",
     "all_of",
@@ -56,6 +60,8 @@ __all__ = [
     "first_of",
     "first_of_async",
     "load",
+    "map",
+    "map_async",
     "recipe",
     "result",
     "skip_rest",
@@ -74,6 +80,7 @@ if TYPE_CHECKING:
     from nbdurable.errors import Abort, DurableError, RetryAfter, WaitTimeout
     from nbdurable.kernel.calls import step
     from nbdurable.kernel.context import current_run, result, skip_rest
+    from nbdurable.kernel.mapping import Failed, map, map_async
     from nbdurable.kernel.recipes import recipe
     from nbdurable.kernel.travel import load
     from nbdurable.kernel.waits import (

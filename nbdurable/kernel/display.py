@@ -17,6 +17,7 @@ from nbdurable.settings import Home, Settings
 
 APPROVAL_MIME = "application/vnd.nbdurable.approval+json"
 _SHOWN = 4
+_BAR = 20  # characters of a progress bar
 _QUIET = (
     "font: 12px/1.5 var(--jp-code-font-family, ui-monospace, monospace); white-space: pre-wrap; opacity: .72"
 )
@@ -61,6 +62,17 @@ def _kind(variable: Variable) -> str:
 def notices(variables: Iterable[Variable]) -> list[str]:
     """Name each variable that was not saved, with the reason and what to do."""
     return [f"{v.name} not saved: {v.reason}" for v in variables if v.state == "unsaved"]
+
+
+def progress(desc: str, done: int, failed: int, total: int | None, *, ended: bool = False) -> dict[str, Any]:
+    """Return how far something has come as a display: a bar, how many of how many, how many of them failed."""
+    told = f"{done}/{total}" if total is not None else f"{done}"
+    told += f", {failed} failed" if failed else ""
+    full = _BAR * done // total if total else _BAR if ended else 0
+    bar = f"{'━' * full}{'╌' * (_BAR - full)}"
+    share = f' value="{done}" max="{total}"' if total else ' value="1" max="1"' if ended else ""
+    html = f'<div style="{_QUIET}">{escape(desc)}  <progress{share}></progress>  {escape(told)}</div>'
+    return {"text/plain": f"{desc}  {bar}  {told}", "text/html": html}
 
 
 def clock(at: float) -> str:

@@ -118,7 +118,6 @@ class Calls:
     def __init__(self, session: Session, step: str, attempt: int, known: int, names: CellNames) -> None:
         self.session, self.step, self.attempt = session, step, attempt
         self.made = 0
-        self.ran = 0
         self.reasons: dict[str, None] = {}  # why calls ran again, each once, in order
         self.replayed: list[int] = []
         self.running = 0  # calls that run now
@@ -199,7 +198,7 @@ class Calls:
                 f"the key of call `{function.name}` can't be compared: {error}",
                 todo="make it a text or a number",
             ) from None
-        said = found if isinstance(found, str) else _said(found)
+        said = found if isinstance(found, str) else brief(found)
         with self._guard:
             before = self._keys.setdefault(identity, (given.digests, _said_all(arguments)))
         if before[0] != given.digests:
@@ -261,7 +260,6 @@ class Calls:
         """Take the recorded result of a call whose code is the same, or say why it runs."""
         found = self._known.get(call.key)
         if not found:
-            self.ran += 1
             return
         newest: CallManifest | None = None
         for seq, signed in reversed(found):
@@ -275,7 +273,6 @@ class Calls:
             newest = newest or manifest
         assert newest is not None
         call.reason = _difference(newest.parts, call.facts)
-        self.ran += 1
         self.reasons[call.reason] = None
 
     def give_back(self, call: Call) -> None:
@@ -300,14 +297,14 @@ class Calls:
         """Sum up the calls for the step's line: "3 calls, 2 of them kept; `ask` changed (cell 2, line 4)"."""
         if not self.made:
             return ""
+        parts = []
+        if self.replayed:
+            parts.append("all kept" if len(self.replayed) == self.made else f"{len(self.replayed)} kept")
+        if self.made > len(self.replayed) and (self.replayed or self.reasons):
+            why = f" ({display.few(list(self.reasons))})" if self.reasons else ""
+            parts.append(f"{self.made - len(self.replayed)} ran{why}")
         calls = "1 call" if self.made == 1 else f"{self.made} calls"
-        if not self.replayed:
-            return calls
-        why = f" ({display.few(list(self.reasons))})" if self.reasons else ""
-        kept = len(self.replayed)
-        return (
-            f"{calls}: {kept} kept, {self.made - kept} ran{why}" if self.made > kept else f"{calls}, all kept"
-        )
+        return f"{calls}: {', '.join(parts)}" if parts else calls
 
     # Commits -------------------------------------------------------------------------------------------------
 
@@ -610,7 +607,7 @@ def _random_state() -> tuple[Any, ...]:
     return states
 
 
-def _said(value: Any) -> str:
+def brief(value: Any) -> str:
     """Return a value as a few characters; runs no code of the user's."""
     kind = type(value)
     if kind in (int, float, complex, bool, type(None)):
@@ -625,5 +622,5 @@ def _said(value: Any) -> str:
 
 
 def _said_all(arguments: dict[str, Any]) -> str:
-    text = ", ".join(_said(value) for value in arguments.values())
+    text = ", ".join(brief(value) for value in arguments.values())
     return text if len(text) <= _SAID else f"{text[: _SAID - 1]}…"

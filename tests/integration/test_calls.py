@@ -354,3 +354,96 @@ def test_a_recorded_function_that_a_step_defines_comes_back_recorded(kernel: Ker
     )
     kernel.run("%%step s\nanswer = ask(1)\n1 / 0", "s")
     assert "all kept" in kernel.run("%%step s\nanswer = ask(1)", "s").notes
+
+
+MAP = """\
+import os
+bad = {3, 5}
+def double(n):
+    return n * 2
+def page(n):
+    ran(n)
+    if n in bad:
+        raise ValueError(f'no page {n}')
+    if n == 30 and not pathlib.Path('safe').exists():
+        os.kill(os.getpid(), 9)
+    return double(n)"""
+
+
+def test_map_keeps_finished_items_over_a_kill(kernel: Kernel) -> None:
+    """Guarantees 1 and 6: only what is missing runs, and the output is that of a run without a crash."""
+    setup = MAP.replace("{3, 5}", "set()")
+    kernel.run(setup)
+    (kernel.cwd / "safe").unlink(missing_ok=True)
+    cell = "%%step s\nfound = durable.map(page, range(60), concurrency=4, desc='pages')"
+    kernel.send(cell, "s")
+    kernel.manager.provisioner.process.wait(timeout=60)  # type: ignore[union-attr]
+    first = {int(n) for n in ran(kernel)}
+    (kernel.cwd / "safe").touch()
+    kernel.restart()
+    for one in (LOAD, SETUP, setup):
+        kernel.run(one)
+    reply = kernel.run(cell, "s")
+    again = [int(n) for n in ran(kernel)]
+    assert first | set(again) == set(range(60))
+    assert len(again) == len(set(again))
+    assert len(first & set(again)) <= 4  # those in flight
+    assert re.search(r"60 calls: 2[6-9] kept, 3[1-4] ran", reply.notes), reply.notes
+    assert kernel.value("found == [n * 2 for n in range(60)]") == "True"
+    bar = next(o["data"]["text/plain"] for o in reply.outputs if "text/html" in o["data"])
+    assert bar == f"pages  {'━' * 20}  60/60"
+
+
+def test_what_a_failed_item_does(kernel: Kernel) -> None:
+    """Stop lets those in flight finish and raises; collect says what failed; a number tolerates so many."""
+    kernel.run(MAP)
+    reply = kernel.run("%%step s\nfound = durable.map(page, range(8), concurrency=1)", "s")
+    assert reply.content["ename"] == "ValueError"
+    assert "item 3 (3) failed with ValueError: no page 3; 3 items are finished" in reply.error
+    assert ran(kernel) == ["0", "1", "2", "3"]
+    reply = kernel.run("%%step s\nfound = durable.map(page, range(8), on_error='collect')", "s")
+    assert reply.status == "ok", reply.error
+    assert sorted(ran(kernel)) == ["3", "4", "5", "6", "7"]
+    assert kernel.value("str([str(one) for one in found])").strip('"') == (
+        "['0', '2', '4', 'item 3 (3) failed with ValueError: no page 3', '8', "
+        "'item 5 (5) failed with ValueError: no page 5', '12', '14']"
+    )
+    assert "8/8, 2 failed" in reply.outputs[0]["data"]["text/plain"]
+    assert (
+        kernel.run("%%step t\nlen(durable.map(page, range(8), on_error=2, ordered=False))", "t").status
+        == "ok"
+    )
+    assert (
+        kernel.run("%%step u\ndurable.map(page, range(8), on_error=1)", "u").content["ename"] == "ValueError"
+    )
+    for wrong in ("0", "concurrency=0", "on_error='raise'", "on_error=-1"):
+        call = f"durable.map(page, {wrong})" if "=" not in wrong else f"durable.map(page, [1], {wrong})"
+        assert "UsageError" in kernel.run(call).error
+
+
+def test_map_of_coroutines_and_methods(kernel: Kernel) -> None:
+    """Tasks for coroutines, threads for plain functions, what a method is bound to is an argument."""
+    kernel.run(
+        """\
+class Site:
+    def __init__(self, name):
+        self.name = name
+    async def load(self, n):
+        ran(n)
+        await asyncio.sleep(0)
+        return f'{self.name}{n}'
+def plain(n):
+    ran(n)
+    return -n"""
+    )
+    cell = """\
+%%step s
+a = await durable.map_async(Site('a').load, range(20), concurrency=5)
+b = await durable.map_async(plain, (n for n in range(3)))
+if FAIL: 1 / 0"""
+    kernel.run(cell.replace("FAIL", "True"), "s")
+    assert len(ran(kernel)) == 23
+    assert "all kept" in kernel.run(cell.replace("FAIL", "False"), "s").notes
+    assert ran(kernel) == []
+    assert kernel.value("a == [f'a{n}' for n in range(20)] and b == [0, -1, -2]") == "True"
+    assert "await durable.map_async" in kernel.run("durable.map(Site('a').load, [1])").error
