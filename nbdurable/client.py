@@ -333,13 +333,14 @@ def _encode(endpoint: Endpoint[Any, Any], question: Shape) -> tuple[str, bytes]:
     """Return a question as path and body; a GET carries what differs from the defaults, null as nothing."""
     path = endpoint.path
     if "{" in path:
-        path = path.format_map({name: quote(str(value), safe="") for name, value in question})
+        fields = ((name, value) for name, value in question if f"{{{name}}}" in endpoint.path)
+        path = path.format_map({name: quote(str(value), safe="") for name, value in fields})
     if endpoint.method == "POST":
         return path, question.model_dump_json().encode()
-    fields = question.model_dump(mode="json", exclude_defaults=True)
+    others = question.model_dump(mode="json", exclude_defaults=True)
     given = {
         name: "" if value is None else value
-        for name, value in fields.items()
+        for name, value in others.items()
         if f"{{{name}}}" not in endpoint.path
     }
     return (f"{path}?{urlencode(given)}" if given else path), b""

@@ -104,6 +104,7 @@ class _Ready:
     new: contract.NewCall
     files: set[str]
     done: Future[None] = field(default_factory=Future)
+    lead: Callable[[], object] = lambda: None
 
 
 _inside: ContextVar[tuple[Call, ...]] = ContextVar("nbdurable_calls", default=())
@@ -132,8 +133,7 @@ class Calls:
         self._notices: dict[str, None] = {}
         self._guard = threading.Lock()
         self._pending: list[_Ready] = []
-        self._sending = threading.Lock()
-        self._draining = False
+        self._is_sending = False
 
     # One call ------------------------------------------------------------------------------------------------
 
@@ -310,34 +310,42 @@ class Calls:
 
     def commit(self, ready: _Ready) -> None:
         """Commit a call, and with it all that are ready; returns when it is on disk."""
-        self._put(ready)
-        with self._sending:
-            if not ready.done.done():
-                self._send()
+        turn = threading.Event()
+        ready.done.add_done_callback(lambda _: turn.set())
+        if not self._put(ready, turn.set):
+            turn.wait()
+        if not ready.done.done():
+            self._lead()
         ready.done.result()
 
     async def commit_async(self, ready: _Ready) -> None:
         """Commit a call as `commit` does; other tasks go on meanwhile."""
-        self._put(ready)
-        with self._guard:
-            begin, self._draining = not self._draining, True
-        if begin:
-            asyncio.get_running_loop().run_in_executor(None, self._drain)
+        loop = asyncio.get_running_loop()
+
+        def lead() -> None:
+            loop.run_in_executor(None, self._lead)
+
+        if self._put(ready, lambda: loop.call_soon_threadsafe(lead)):
+            lead()
         await asyncio.wrap_future(ready.done)
 
-    def _put(self, ready: _Ready) -> None:
+    def _put(self, ready: _Ready, lead: Callable[[], object]) -> bool:
+        """Let a call be committed next, and tell whether it is its turn to see to that; else `lead` may be called."""
         ready.done.set_running_or_notify_cancel()
+        ready.lead = lead
         with self._guard:
             self._pending.append(ready)
+            first, self._is_sending = not self._is_sending, True
+        return first
 
-    def _drain(self) -> None:
-        while True:
-            with self._sending:
-                self._send()
-            with self._guard:
-                if not self._pending:
-                    self._draining = False
-                    return
+    def _lead(self) -> None:
+        """Send what is ready, and let one of those that became ready meanwhile send the next ones."""
+        self._send()
+        with self._guard:
+            following = self._pending[0] if self._pending else None
+            self._is_sending = following is not None
+        if following is not None:
+            following.lead()
 
     def _send(self) -> None:
         with self._guard:
@@ -434,10 +442,10 @@ class Call:
             variables = self._variables()
             with calls._guard:
                 depth = sum(call.calls is calls for call in inside)
-                if calls.running != depth:
-                    calls.crowded += 1
+                alone = calls.running == depth
+                calls.crowded += not alone
                 calls.running += 1
-            self._before = _Before(variables, calls.crowded, _random_state())
+            self._before = _Before(variables, calls.crowded, _random_state() if alone else None)
         token = _inside.set((*inside, self))
         try:
             with self._recorder.listening():
@@ -459,11 +467,13 @@ class Call:
 
     def _variables(self) -> _Looked:
         """Look at the variables that the function reads and may change."""
+        if not self.facts.variables:
+            return _NOTHING
         values, opaque = self.calls.session.values, self.calls.opaque
         names = (name for name in self.facts.variables if name in values and name not in opaque)
         changing = {name: values[name] for name in names if not immutable(values[name])}
         looked = _look(changing, values, self.given.walks[-1] if self.given.walks else None)
-        opaque |= looked.problems.keys()
+        self.calls.opaque |= looked.problems.keys()
         return looked
 
     def keep(self, value: Any) -> _Ready | None:
@@ -494,7 +504,7 @@ class Call:
         group, shares = save_value(
             value, session.values, session.blobs, (*self.given.walks, *before.variables.walks)
         )
-        alone = self.calls.crowded == before.crowded
+        alone = before.random is not None and self.calls.crowded == before.crowded
         moved = alone and _random_state() != before.random
         outputs = self._recorder.finished()
         manifest = CallManifest(
@@ -525,12 +535,14 @@ class Call:
 
     def _check_unchanged(self, before: _Before) -> None:
         """Raise NotSaveable where the call changed what it was given: its result alone would not bring that back."""
-        changed = _changed(self.given, _look(self.arguments, self.calls.session.values))
-        if changed is not None:
-            raise NotSaveable(f"it changes its argument `{changed}`{_CHANGES}")
-        changed = _changed(before.variables, self._variables()) if before.variables.digests else None
-        if changed is not None:
-            raise NotSaveable(f"it changes the variable `{changed}`{_CHANGES}")
+        if self.given.walks:
+            changed = _changed(self.given, _look(self.arguments, self.calls.session.values))
+            if changed is not None:
+                raise NotSaveable(f"it changes its argument `{changed}`{_CHANGES}")
+        if before.variables.walks:
+            changed = _changed(before.variables, self._variables())
+            if changed is not None:
+                raise NotSaveable(f"it changes the variable `{changed}`{_CHANGES}")
 
 
 @dataclass(frozen=True)
@@ -548,9 +560,10 @@ class _Before:
 
     variables: _Looked
     crowded: int
-    random: tuple[Any, ...]
+    random: tuple[Any, ...] | None  # None where other calls ran beside it: whose move it was can't be told
 
 
+_NOTHING = _Looked({}, [], {})
 _CHANGES = ", which its result alone would not bring back; let it return what it makes"
 
 
@@ -574,8 +587,6 @@ def _look(values: dict[str, Any], namespace: dict[str, Any], outer: Walk | None 
 
 def _changed(before: _Looked, after: _Looked) -> str | None:
     """Name a value that is another one now; one that can't be looked into whole is passed over."""
-    if not before.walks:
-        return None
     names = before.digests.keys() - before.problems.keys() - {""}
     return next((name for name in sorted(names) if before.digests[name] != after.digests.get(name)), None)
 
