@@ -15,12 +15,15 @@ import functools
 import inspect
 import warnings
 from collections.abc import AsyncIterator, Callable, Generator
+from datetime import timedelta
 from typing import Any, TypeVar, overload
 
 from nbdurable.checkpoint.fingerprint import immutable, partial_fingerprint
 from nbdurable.errors import UsageError
 from nbdurable.kernel import display, extension
 from nbdurable.kernel.recorded import Call, Calls, Function
+from nbdurable.kernel.tries import Policy
+from nbdurable.policies import Retry, RetryOn, check_retry_on, seconds
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Key = str | Callable[..., Any]
@@ -29,14 +32,28 @@ Key = str | Callable[..., Any]
 @overload
 def step(function: Decorated, /) -> Decorated: ...
 @overload
-def step(*, key: Key | None = None) -> Callable[[Decorated], Decorated]: ...
-def step(function: Any = None, /, *, key: Key | None = None) -> Any:
+def step(
+    *,
+    key: Key | None = None,
+    retries: int = 0,
+    backoff: float = 2.0,
+    min_wait: str | float | timedelta = 1.0,
+    max_wait: str | float | timedelta | None = None,
+    timeout: str | float | timedelta | None = None,
+    retry_on: RetryOn | None = None,
+) -> Callable[[Decorated], Decorated]: ...
+def step(function: Any = None, /, **options: Any) -> Any:
     """Record the calls of a function, so that a call that has returned is not made again.
 
     Inside a `%%step` cell each call is on disk when it returns. When the cell runs again (after a failure, a crash, a
     wait, an edit), calls that are known give their recorded result and only the rest run. A call is known by its
     function, its arguments and how many equal ones came before it in the attempt; order and concurrency don't matter.
     `key`: what tells calls apart instead of their arguments, a text or a function of the arguments.
+
+    `retries`: how often a call that raises is made again, after a wait that grows by the factor `backoff` from
+    `min_wait` (1 s) to `max_wait` (60 s), or as long as the error asks; `retry_on`: classes of errors, or a function
+    of one, else all but those that trying again can't help. `timeout`: of each try; what waits for a person or a time
+    does not count; in threads other than the main one it holds for coroutines only.
 
     If the function's code, or what it uses, changed, its calls run again, and the step's line says why. For a call
     that is recorded, those inside it are not asked for. Generators run until they are exhausted, are recorded as a
@@ -52,17 +69,14 @@ def step(function: Any = None, /, *, key: Key | None = None) -> Any:
         @durable.step(key=lambda client, query: query)
         async def search(client, query): ...
     """
-    if key is not None and not isinstance(key, str) and not callable(key):
-        raise UsageError(
-            f"`key` is a {type(key).__name__}", todo="give a text, or a function of the call's arguments"
-        )
     if function is None:
-        return functools.partial(_decorate, key=key)
+        _policy(**options)  # what makes no sense is said at once
+        return functools.partial(_decorate, **options)
     if isinstance(function, str):
         raise UsageError(
             "`@durable.step` takes no name", todo="write `@durable.step`, or `@durable.step(key=…)`"
         )
-    return _decorate(function, key=key)
+    return _decorate(function, **options)
 
 
 def again(fn: Any, options: dict[str, Any]) -> Any:
@@ -70,25 +84,55 @@ def again(fn: Any, options: dict[str, Any]) -> Any:
     return _decorate(fn, **options)
 
 
-def _decorate(fn: Any, *, key: Key | None) -> Any:
+def _policy(
+    *,
+    key: Any = None,
+    retries: int = 0,
+    backoff: float = 2.0,
+    min_wait: str | float | timedelta = 1.0,
+    max_wait: str | float | timedelta | None = None,
+    timeout: str | float | timedelta | None = None,
+    retry_on: RetryOn | None = None,
+) -> Policy:
+    """Return what follows when a call fails; raises UsageError for what makes no sense."""
+    if key is not None and not isinstance(key, str) and not callable(key):
+        raise UsageError(
+            f"`key` is a {type(key).__name__}", todo="give a text, or a function of the call's arguments"
+        )
+    if retry_on is not None:
+        check_retry_on(retry_on)
+    timeout_s = None if timeout is None else seconds(timeout)
+    if timeout_s == 0:
+        raise UsageError("a timeout of zero leaves no time", todo="give a time, e.g. `timeout='30s'`")
+    retry = Retry.of(retries, backoff=backoff, min_wait=min_wait, max_wait=max_wait)
+    return Policy(retry if retries else None, retry_on, timeout_s)
+
+
+def _decorate(fn: Any, **options: Any) -> Any:
     if isinstance(fn, staticmethod | classmethod):
-        return type(fn)(_decorate(fn.__func__, key=key))
+        return type(fn)(_decorate(fn.__func__, **options))
     if isinstance(fn, type) or not callable(fn):
         what = f"the class `{fn.__qualname__}`" if isinstance(fn, type) else f"a {type(fn).__name__}"
         raise UsageError(
             f"`durable.step` records calls of functions, not of {what}", todo="decorate a function"
         )
-    function = Function(fn, key)
+    function = Function(fn, options.get("key"))
+    policy = _policy(**options)
+    if (inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn)) and policy.is_set:
+        raise UsageError(
+            f"`{function.name}` is a generator: what it has given can't be taken back, so that it can't be tried again",
+            todo="record the function that makes the items, and give that retries or a timeout",
+        )
     if inspect.isasyncgenfunction(fn):
         made: Any = _async_generator(function)
     elif inspect.isgeneratorfunction(fn):
         made = _generator(function)
     elif inspect.iscoroutinefunction(fn):
-        made = _coroutine(function)
+        made = _coroutine(function, policy)
     else:
-        made = _plain(function)
+        made = _plain(function, policy)
     made = functools.wraps(fn)(made)
-    made.__made_by__ = (again, (fn, {"key": key}))
+    made.__made_by__ = (again, (fn, options))
     return made
 
 
@@ -125,8 +169,8 @@ def _say_plain(function: Function) -> None:
         display.say(steps.session.shell, said)
 
 
-def _plain(function: Function) -> Callable[..., Any]:
-    fn = function.fn
+def _plain(function: Function, policy: Policy) -> Callable[..., Any]:
+    fn = policy.applied(function) if policy.is_set else function.fn
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         call = _open(function, args, kwargs)
@@ -142,8 +186,8 @@ def _plain(function: Function) -> Callable[..., Any]:
     return recorded
 
 
-def _coroutine(function: Function) -> Callable[..., Any]:
-    fn = function.fn
+def _coroutine(function: Function, policy: Policy) -> Callable[..., Any]:
+    fn = policy.applied_async(function) if policy.is_set else function.fn
 
     async def recorded(*args: Any, **kwargs: Any) -> Any:
         call = _open(function, args, kwargs)

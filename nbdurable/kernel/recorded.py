@@ -110,6 +110,13 @@ class _Ready:
 _inside: ContextVar[tuple[Call, ...]] = ContextVar("nbdurable_calls", default=())
 
 
+def note_tries(count: int, error: BaseException) -> None:
+    """Note that the call which runs now is made for the `count`-th time, after an error."""
+    if inside := _inside.get():
+        said = f"{type(error).__name__}: {error}"[:200]
+        inside[-1].tries = f"try {count}, after {printable(said)}"
+
+
 class Calls:
     """The recorded calls of one attempt at a step. Thread-safe.
 
@@ -399,6 +406,7 @@ class Call:
         self.said, self.facts, self.arguments, self.given = said, facts, arguments, given
         self.known: CallManifest | None = None
         self.reason = ""
+        self.tries = ""  # which one this is, and what the one before raised
         self._recorder = Recorder()
         self._began = time.perf_counter()
         self._before: _Before | None = None
@@ -528,7 +536,7 @@ class Call:
             type=type(value).__qualname__,
             bytes=group.stream.size + sum(blob.size for blob in group.buffers),
             duration_s=duration_s,
-            reason=self.reason,
+            reason="; ".join(filter(None, (self.reason, self.tries))),
             manifest=seal(manifest, session.key),
         )
         return _Ready(self, new, manifest.files())

@@ -447,3 +447,46 @@ if FAIL: 1 / 0"""
     assert ran(kernel) == []
     assert kernel.value("a == [f'a{n}' for n in range(20)] and b == [0, -1, -2]") == "True"
     assert "await durable.map_async" in kernel.run("durable.map(Site('a').load, [1])").error
+
+
+def test_a_call_is_tried_again_and_has_a_time_limit(kernel: Kernel) -> None:
+    """Retries and timeouts of calls, for functions and coroutines; what makes no sense is refused at once."""
+    kernel.run(
+        """\
+import time
+@durable.step(retries=2, min_wait='10ms', timeout='20s')
+def flaky(n):
+    ran(n)
+    if not pathlib.Path(f'flaky{n}').exists():
+        pathlib.Path(f'flaky{n}').touch()
+        raise ConnectionError('reset')
+    return n
+@durable.step(retries=1, min_wait='10ms', timeout=0.05)
+async def slow(n):
+    ran(n)
+    await asyncio.sleep(60)
+@durable.step(timeout=0.05)
+def blocked():
+    ran('blocked')
+    time.sleep(60)
+@durable.step(retries=3, retry_on=KeyError)
+def other():
+    ran('other')
+    raise ValueError('no')"""
+    )
+    assert kernel.run("%%step s\nflaky(1)", "s").status == "ok"
+    assert ran(kernel) == ["1", "1"]
+    assert calls(kernel)[0].call.reason == "try 2, after ConnectionError: reset"
+    for cell, expected in (
+        ("await slow(2)", ["2", "2"]),
+        ("blocked()", ["blocked"]),
+        ("other()", ["other"]),
+    ):
+        reply = kernel.run(f"%%step t\n{cell}", "t")
+        assert reply.status == "error"
+        assert ran(kernel) == expected, cell
+    assert kernel.run("1 + 1").status == "ok"
+    for wrong in ("retries=-1", "timeout=0", "timeout='soon'", "retry_on=3", "min_wait='2m', max_wait='1s'"):
+        assert "UsageError" in kernel.run(f"durable.step({wrong})").error, wrong
+    generator = "@durable.step(retries=1)\ndef words():\n    yield 1"
+    assert "`words` is a generator" in kernel.run(generator).error
