@@ -15,7 +15,7 @@ from nbdurable.models import RunDetail, RunStatus, Wait, WaitStatus
 from nbdurable.runner.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
-from tests.tools.processes import Coordinator
+from tests.tools.processes import Coordinator, end_processes_of
 
 DEADLINE_S = 90.0
 
@@ -112,6 +112,6 @@ def test_a_headless_notebook_waits_for_everything(
     }
     assert (tmp_path / "journal").read_text().split() == ["ask", "both", "race", "form", "late"]
     assert "Your name? Ann" in repr(notebooks.outputs(tmp_path / "out.ipynb"))
-    coordinator.stop()
+    end_processes_of(home)
     kept = [path for path in [*home.root.rglob("*"), *tmp_path.glob("*.ipynb")] if path.is_file()]
     assert not [path for path in kept if b"s3cr3t-t0ken" in path.read_bytes()]
