@@ -91,6 +91,7 @@ class CreateRun(Shape):
     snapshot: str | None = None  # digest of a blob that the client has written
     parameters: dict[str, Any] = Field(default_factory=dict)
     steps_mode: Literal["marked", "all"] = "marked"
+    questions: bool = True
     output: str | None = None
     kernel_name: str | None = None
     cwd: str | None = None

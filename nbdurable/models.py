@@ -230,6 +230,7 @@ class Run(Shape):
     snapshot: str | None = None  # digest of the notebook version it started with (headless)
     parameters: dict[str, Any] = Field(default_factory=dict)
     steps_mode: Literal["marked", "all"] = "marked"
+    questions: bool = True  # whether `input()` and `getpass()` wait for an answer (headless)
     output: str | None = None  # path of the output notebook (headless)
     kernel_name: str | None = None
     cwd: str | None = None

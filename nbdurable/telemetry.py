@@ -18,6 +18,8 @@ FAULT_POINTS: dict[str, str] = {
     "commit-acknowledged": "the kernel knows that its step is committed",
     "call-committed": "the kernel knows that calls of its step are committed, the step goes on",
     "restore-done": "the kernel put a checkpoint back",
+    "event-sent": "a sent event is on disk, no run was given it",
+    "wait-answered": "an answer is on disk, with what it cancels and wakes, and nobody was told",
     "wait-opened": "the kernel opened a wait and has not suspended",
     "store-before-commit": "the writer holds a group, the journal does not",
     "store-committed": "the group is on disk in the journal, nobody was told",

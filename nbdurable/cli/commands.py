@@ -192,6 +192,9 @@ def run(
     ttl: Annotated[
         str | None, typer.Option(metavar="T", help="Let it expire if no worker has begun it by then.")
     ] = None,
+    no_questions: Annotated[
+        bool, typer.Option("--no-questions", help="Let input() and getpass() fail instead of waiting.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Queue the run and return.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -223,6 +226,7 @@ def run(
         timeout=timeout,
         delay=delay or 0.0,
         ttl=ttl,
+        questions=not no_questions,
         warn=lambda sentence: warn(("note: ", "yellow"), sentence),
     )
     screen.say(

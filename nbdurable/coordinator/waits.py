@@ -33,6 +33,7 @@ from nbdurable.models import (
 from nbdurable.policies import size, span
 from nbdurable.security import digest_of
 from nbdurable.store.port import NewEvent
+from nbdurable.telemetry import fault_point
 
 MAX_PAYLOAD_BYTES = 1_000_000
 _ALL = 1_000_000_000
@@ -250,6 +251,7 @@ class Waits:
             run, _ = self._core.moved(live.run, Happening.WAKE, reason)
             events.append(self._core.event(run, Kind.RUN_WOKEN, reason))
         await self._core.commit(live, events, run=run, waits=(settled, *cancelled))
+        fault_point("wait-answered")
         if answer.event_seq is not None:
             self._mailbox.take(answer.event_seq, wait.run_id)
         return settled
@@ -332,6 +334,7 @@ class Waits:
         event = NewEvent(now, _PROJECT, 0, Kind.EVENT_SENT, sentence, data=data)
         kept = Kept(await self._core.record(event), wanted.event, now, expires_at, key, digest)
         self._mailbox.keep(kept)
+        fault_point("event-sent")
         return kept
 
     def _waiting_for(self, event: str) -> list[Wait]:

@@ -5,11 +5,12 @@ Owns the list of addresses. Knows neither how pages are drawn nor the process ar
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
@@ -19,12 +20,13 @@ from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
 from nbdurable.contract import ReadStep
 from nbdurable.dashboard import outputs, view
-from nbdurable.dashboard.guard import Guard
-from nbdurable.errors import DurableError
+from nbdurable.dashboard.guard import CALLBACKS, Guard
+from nbdurable.errors import DurableError, UsageError
 from nbdurable.security import load_key, load_token
 from nbdurable.settings import Home
 
 MAX_OUTPUTS_BYTES = 256_000_000
+MAX_ANSWER_BYTES = 1_000_000
 
 # Outputs are drawn on paper, as their authors saw them; their own document knows nothing of our colours.
 _FRAME_STYLE = (
@@ -54,6 +56,15 @@ def create_app(client: Client) -> Guard:
     def alive() -> JSONResponse:
         return JSONResponse({"alive": True}, headers={"cache-control": "no-store"})
 
+    @app.post(CALLBACKS + "{secret}")
+    async def callback(secret: str, request: Request) -> JSONResponse:
+        try:
+            answer = _callback_answer(secret, await _body(request))
+            await asyncio.to_thread(client.call, contract.ANSWER_CALLBACK, answer)
+        except DurableError as error:
+            return JSONResponse(error.to_wire(), error.http_status)
+        return JSONResponse({"answered": True})
+
     @app.get("/docs")
     def docs() -> HTMLResponse:
         try:
@@ -69,6 +80,29 @@ def create_app(client: Client) -> Guard:
     # Neither headers nor cookies of the request belong into the session's token, which stands in the page.
     add_applications(applications(client), app=app, title="nbdurable", include_headers=[], include_cookies=[])
     return Guard(app, load_token(home))
+
+
+async def _body(request: Request) -> bytes:
+    """Return what was posted; raises UsageError for more than an answer may have."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            raise UsageError(f"an answer has at most {view.size(MAX_ANSWER_BYTES)}")
+    return body
+
+
+def _callback_answer(secret: str, body: bytes) -> contract.AnswerCallback:
+    """Return the answer that was posted: JSON, or nothing at all to approve; raises UsageError."""
+    try:
+        fields = json.loads(body or b"{}")
+        answer = {"by": "callback", **fields, "secret": secret, "edited": "value" in fields}
+        return contract.AnswerCallback.model_validate(answer)
+    except (ValueError, TypeError):
+        raise UsageError(
+            "this is no answer",
+            todo='post a JSON object: {"approved": true}, with "value", "comment" and "by" as you like',
+        ) from None
 
 
 def _outputs_html(client: Client, home: Home, run_id: str, step: str) -> str:

@@ -23,7 +23,7 @@ from panel.custom import JSComponent
 from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.contract import AnswerWait, ByRun, ListRuns, ListWaits, ReadEvents, ReadWait
-from nbdurable.dashboard import view
+from nbdurable.dashboard import forms, view
 from nbdurable.dashboard.guard import nonce
 from nbdurable.errors import CoordinatorError, DurableError
 from nbdurable.models import Event, RunDetail, RunStatus, Wait, WaitKind, WaitStatus
@@ -136,8 +136,8 @@ class Page:
         """Ask the coordinator; return a template and its values."""
         raise NotImplementedError
 
-    def act(self, do: str, subject: str, comment: str) -> str:
-        """Do what a button says; return the sentence for its reader."""
+    def act(self, do: str, subject: str, comment: str, by: str, form: Mapping[str, Any]) -> str:
+        """Do what a button says; return the sentence for its reader. `form`: what was entered beside it."""
         raise NotImplementedError
 
     # What all have in common
@@ -166,17 +166,27 @@ class Page:
         self.live.show(html)
 
     async def _clicked(self, message: Mapping[str, Any]) -> None:
-        do, subject, comment = (str(message.get(name, "")) for name in ("do", "id", "comment"))
+        do, subject, comment, by = (str(message.get(name, "")) for name in ("do", "id", "comment", "by"))
+        form = message.get("form")
         async with self._lock:
             if do != "look":
-                said = await asyncio.to_thread(self._act, do, subject, comment[:4000])
+                said = await asyncio.to_thread(
+                    self._act,
+                    do,
+                    subject,
+                    comment[:4000],
+                    by[:200],
+                    form if isinstance(form, Mapping) else {},
+                )
                 self.said = Said((self.said.number if self.said else 0) + 1, *said)
             html = await asyncio.to_thread(self._html)
         self.live.show(html, again=do == "look")
 
-    def _act(self, do: str, subject: str, comment: str) -> tuple[str, str, str]:
+    def _act(
+        self, do: str, subject: str, comment: str, by: str, form: Mapping[str, Any]
+    ) -> tuple[str, str, str]:
         try:
-            return self.act(do, subject, comment), "", ""
+            return self.act(do, subject, comment, by, form), "", ""
         except CoordinatorError as error:
             return error.message, "Whether that was done is seen here when the coordinator is back.", "bad"
         except DurableError as error:
@@ -219,22 +229,33 @@ class Page:
         return view.render(template, **{**values, **common})
 
     def _open_approvals(self) -> tuple[Wait, ...]:
-        wanted = ListWaits(kind=WaitKind.APPROVAL, status=WaitStatus.OPEN)
-        return self.client.call(contract.LIST_WAITS, wanted).waits
+        asked = (
+            self.client.call(contract.LIST_WAITS, ListWaits(kind=kind, status=WaitStatus.OPEN)).waits
+            for kind in (WaitKind.APPROVAL, WaitKind.QUESTION)
+        )
+        return tuple(sorted((wait for waits in asked for wait in waits), key=lambda wait: wait.created_at))
 
-    def _decide(self, do: str, wait_id: str, comment: str) -> str:
-        """Answer an approval as the person who uses this machine."""
+    def _decide(self, do: str, wait_id: str, comment: str, by: str, form: Mapping[str, Any]) -> str:
+        """Answer an approval or a question, as the person who uses this machine unless a reviewer was chosen."""
+        wait = self.client.call(contract.GET_WAIT, ReadWait(wait_id=wait_id))
+        approved = do == "approve"
+        value = forms.entered(wait, form) if approved and wait.form is not None else wait.value
+        edited = wait.kind is WaitKind.QUESTION or value != wait.value
         wait = self.client.call(
             contract.ANSWER_WAIT,
             AnswerWait(
                 wait_id=wait_id,
-                approved=do == "approve",
-                by=_who(),
+                approved=approved,
+                value=value if approved and edited else None,
+                edited=approved and edited,
+                by=f"{by} (dashboard)" if by else _who(),
                 comment=comment.strip(),
                 nonce=uuid.uuid4().hex,
             ),
         )
-        return f"{'Approved' if do == 'approve' else 'Rejected'}: {wait.title}"
+        if wait.kind is WaitKind.QUESTION:
+            return f"{'Answered' if approved else 'Refused'}: {wait.title}"
+        return f"{'Approved' if approved else 'Rejected'}: {wait.title}"
 
 
 class RunsPage(Page):
@@ -289,7 +310,7 @@ class RunPage(Page):
             "open_approvals": len(self._open_approvals()),
         }
 
-    def act(self, do: str, subject: str, comment: str) -> str:
+    def act(self, do: str, subject: str, comment: str, by: str, form: Mapping[str, Any]) -> str:
         match do:
             case "cancel":
                 run = self.client.call(contract.CANCEL_RUN, ByRun(run_id=subject))
@@ -341,8 +362,8 @@ class ApprovalsPage(Page):
             "open_approvals": len(waiting),
         }
 
-    def act(self, do: str, subject: str, comment: str) -> str:
-        return self._decide(do, subject, comment)
+    def act(self, do: str, subject: str, comment: str, by: str, form: Mapping[str, Any]) -> str:
+        return self._decide(do, subject, comment, by, form)
 
 
 class ApprovalPage(Page):
@@ -362,8 +383,8 @@ class ApprovalPage(Page):
             "open_approvals": len(self._open_approvals()),
         }
 
-    def act(self, do: str, subject: str, comment: str) -> str:
-        return self._decide(do, subject, comment)
+    def act(self, do: str, subject: str, comment: str, by: str, form: Mapping[str, Any]) -> str:
+        return self._decide(do, subject, comment, by, form)
 
 
 def _who() -> str:

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from nbdurable import lifecycle
+from nbdurable.dashboard import forms
 from nbdurable.dashboard.outputs import MAX_TEXT_CHARS, bounded
 from nbdurable.models import ErrorInfo, RunDetail, RunStatus, Step, StepStatus
 
@@ -49,6 +50,7 @@ def _environment() -> Environment:
         "markdown": markdown,
         "pretty": pretty,
         "cut": cut,
+        "fields": forms.fields,
     }
     environment.globals |= {"RunStatus": RunStatus}
     return environment

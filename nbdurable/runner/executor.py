@@ -134,6 +134,8 @@ class Executor:
             "NBDURABLE_STEPS": run.steps_mode,
             "JPY_SESSION_NAME": run.notebook,
         }
+        if not run.questions:  # else the project's setting counts
+            environment["NBDURABLE_QUESTIONS"] = "false"
         return Kernel(
             run.kernel_name or "python3",
             cwd=cwd,

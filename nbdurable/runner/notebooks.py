@@ -64,6 +64,7 @@ def create_headless(
     timeout: str | float | timedelta | None = None,
     delay: str | float | timedelta = 0.0,
     ttl: str | float | timedelta | None = None,
+    questions: bool = True,
     warn: Callable[[str], object] | None = None,
 ) -> Run:
     """Create a queued run of a notebook as it is now; `warn` gets what people should know about it.
@@ -95,6 +96,7 @@ def create_headless(
         snapshot=digest,
         parameters=prepared.parameters,
         steps_mode=steps_mode,
+        questions=questions,
         output=None if output is None else str(output),
         kernel_name=prepared.kernel_name,
         cwd=None if cwd is None else str(cwd.absolute()),

@@ -9,13 +9,16 @@ import os
 import signal
 import threading
 from typing import Any
+from urllib import request
+from urllib.error import HTTPError
 
 import pytest
 from playwright.sync_api import BrowserContext, expect
 
 from nbdurable import contract
 from nbdurable.checkpoint.blobs import LocalBlobs
-from nbdurable.models import ErrorInfo, RunStatus, Variable, WaitStatus
+from nbdurable.models import ErrorInfo, RunStatus, Variable, WaitKind, WaitStatus
+from nbdurable.security import digest_of
 from tests.tools.pages import PHONE, Project, Tab
 from tests.tools.processes import until
 
@@ -190,6 +193,85 @@ def test_approve_in_the_inbox(project: Project, tab: Tab) -> None:
     page.reload()
     expect(page.locator(f"#wait-{second.id}")).to_be_visible()
     expect(card).to_have_count(0)
+
+
+EDIT = {
+    "type": "object",
+    "$defs": {"Tone": {"enum": ["plain", "warm"], "type": "string"}},
+    "properties": {
+        "title": {"type": "string", "minLength": 3},
+        "words": {"type": "integer", "minimum": 1, "description": "at most so many"},
+        "send": {"type": "boolean"},
+        "tone": {"$ref": "#/$defs/Tone"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+        "to": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["title", "words", "send", "tone"],
+}
+
+
+def test_a_form_is_filled_in_and_refused_until_it_fits(project: Project, tab: Tab) -> None:
+    """Guarantee 11: what does not fit is named, nothing is answered by it, and what was entered stays."""
+    page = tab.page
+    drive = project.drive("/work/agent.ipynb")
+    proposed = {"title": "Draft <b>", "words": 200, "send": False, "tone": "plain", "to": ["ann"]}
+    wait = drive.ask("Edit it?", proposed, form=EDIT, reviewers=("ann", "bob"), deadline_in_s=9000)
+    page.goto(f"{project.url}/ui/approvals/{wait.id}")
+    expect(page.get_by_label("Title")).to_have_value("Draft <b>")
+    expect(page.get_by_text("Asks ann, bob")).to_be_visible()
+    page.get_by_label("Title").fill("Final")
+    page.get_by_label("Words").fill("0")
+    page.get_by_label("Send").check()
+    page.get_by_label("Tone").select_option("warm")
+    page.get_by_label("To").fill('["bob"]')
+    page.get_by_label("Answer as").select_option("bob")
+    page.get_by_role("button", name="Approve").click()
+    expect(page.locator("#notice")).to_contain_text("words: 0 is less than the minimum of 1")
+    expect(page.get_by_label("Title")).to_have_value("Final")
+    tab.shoot("approval-form")
+    page.get_by_label("Words").fill("150")
+    page.get_by_role("button", name="Approve").click()
+    expect(page.get_by_text("with edits by")).to_contain_text("bob (dashboard)")
+    answer = drive.answer_of(wait).answer
+    assert answer is not None
+    assert answer.value == {"title": "Final", "words": 150, "send": True, "tone": "warm", "to": ["bob"]}
+    question = drive.ask("City?", form={"type": "string"}, kind=WaitKind.QUESTION)
+    page.goto(f"{project.url}/ui/approvals")
+    card = page.locator(f"#wait-{question.id}")
+    card.get_by_label("City?", exact=True).fill("Berlin")
+    tab.shoot("question")
+    card.get_by_role("button", name="Answer").click()
+    expect(card.get_by_text("Berlin")).to_have_count(1)
+    assert (drive.answer_of(question).answer or answer).value == "Berlin"
+
+
+def test_a_callback_url_answers_its_wait_without_a_token_once(project: Project) -> None:
+    """A service outside posts to an address that it was given; no other address lets it in."""
+    drive = project.drive("/work/agent.ipynb")
+    wait = drive.ask(
+        "Pay?", {"n": 0}, form={"properties": {"n": {"minimum": 1}}}, callback=digest_of("s3cret")
+    )
+
+    def post(secret: str, body: bytes) -> tuple[int, dict[str, object]]:
+        sent = request.Request(f"{project.url}/v1/callbacks/{secret}", body, {"Host": "tunnel.example"})
+        try:
+            with request.urlopen(sent, timeout=30) as found:
+                return found.status, json.load(found)
+        except HTTPError as error:
+            return error.code, json.load(error)
+
+    assert post("other", b"")[0] == 404
+    assert post("s3cret", b"nonsense")[0] == 422
+    assert post("s3cret", b'{"approved": 7}')[0] == 422
+    assert post("s3cret", b"x" * 1_100_000)[0] == 422
+    status, said = post("s3cret", b'{"approved": true, "value": {"n": 0}}')
+    assert (status, "less than the minimum" in str(said["message"])) == (422, True)
+    assert drive.answer_of(wait).status is WaitStatus.OPEN
+    assert post("s3cret", b'{"value": {"n": 2}, "by": "bank"}') == (200, {"answered": True})
+    answer = drive.answer_of(wait).answer
+    assert answer is not None
+    assert (answer.approved, answer.value, answer.by) == (True, {"n": 2}, "bank")
+    assert post("s3cret", b"")[0] == 404
 
 
 def test_reject_on_the_page_of_the_approval(project: Project, context: BrowserContext, tab: Tab) -> None:

@@ -34,12 +34,13 @@ CELLS = [
     ("one", "%%step one\nbig = np.arange(20_000)\nnotes = [Note('a')]\nalias = notes\nprint('one', random.random())"),
     ("two", "%%step two\nnotes.append(Note('b'))\ntext = [repeated('x'), repeated('y')]\nbig[0] = 5\nint(big.sum())"),
     ("gate", "%%step gate\ndraft = f'{len(notes)} notes'\nprint('before the gate')\n"
-             "decision = durable.approve(draft, title='Publish?')\npublished = decision.value"),
-    ("nap", "%%step nap\ndurable.sleep(2.1)\nrested = True"),
+             "first = durable.first_of(decision=durable.approval(draft, title='Publish?'), late=durable.timer('1h'))\n"
+             "published = first.result.value"),
+    ("nap", "%%step nap\nboth = durable.all_of(nap=durable.timer(2.1), paid=durable.event('paid', match={'n': 1}))"),
     ("try", "%%step try --retries 2 --min-wait 20ms --max-wait 20ms\nprint('try')\nnotes.append(Note('c'))\n"
             "if durable.current_run().failures < 1:\n    raise TimeoutError('busy')\nlen(notes)"),
     ("end", "%%step end\nshared = alias is notes\nlast = [n.text for n in alias]\nprint(random.random())\n"
-            "durable.result(shared=shared, last=last, total=int(big.sum()), published=published)"),
+            "durable.result(shared=shared, last=last, total=int(big.sum()), published=published, both=both)"),
 ]  # fmt: skip
 
 
@@ -50,6 +51,7 @@ def drive(home: Home, folder: Path) -> dict[str, Any]:
     notebook = notebooks.write(folder / "n.ipynb", CELLS)
     output = folder / "out.ipynb"
     run = create_headless(client, notebook, output=output, idempotency_key=str(folder))
+    client.send("paid", {"n": 1, "by": "ann"}, idempotency_key="paid")
     deadline = time.monotonic() + DEADLINE_S
     while True:
         detail = client.call(contract.GET_RUN, contract.ByRun(run_id=run.id))
@@ -62,8 +64,10 @@ def drive(home: Home, folder: Path) -> dict[str, Any]:
                 client.call(contract.ANSWER_WAIT, answer)
         client.call(contract.READ_EVENTS, contract.ReadEvents(run_id=run.id, after=1 << 60, hold_s=0.2))
     assert detail.status is RunStatus.COMPLETED, detail.reason
-    assert len(detail.waits) == 2
-    assert all(wait.answer is not None for wait in detail.waits)
+    assert sorted(wait.title for wait in detail.waits if wait.answer is not None) == [
+        "Publish?", "event paid", "sleep 2.1 s"
+    ]  # fmt: skip
+    assert [wait.title for wait in detail.waits if wait.answer is None] == ["sleep 1h"]
     key = load_key(home)
     found = client.call(contract.CHECKPOINTS, contract.ByRun(run_id=run.id)).checkpoints
     manifests = {c.step: unseal(c.manifest, key, of=c.step) for c in found}

@@ -80,15 +80,17 @@ class Drive:
         )
         self.client.call(contract.FAIL_STEP, failed)
 
-    def ask(self, title: str, value: Any = None, **fields: Any) -> Wait:
-        """Open an approval."""
+    def ask(
+        self, title: str, value: Any = None, *, kind: WaitKind = WaitKind.APPROVAL, **fields: Any
+    ) -> Wait:
+        """Open an approval, or a question."""
         return self.client.call(
             contract.OPEN_WAIT,
             contract.OpenWait(
                 run_id=self.run.id,
                 epoch=self.run.epoch,
                 key=title,
-                kind=WaitKind.APPROVAL,
+                kind=kind,
                 title=title,
                 step="review",
                 value=value,

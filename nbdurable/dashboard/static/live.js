@@ -25,9 +25,14 @@ export function render({ model }) {
     const button = event.target.closest("button[data-do]");
     if (!button || button.disabled) return;
     const box = button.closest("[data-box]");
-    const comment = box && box.querySelector("textarea");
+    const comment = box && box.querySelector("[data-comment]");
+    const by = box && box.querySelector("[data-by]");
+    const form = {};
+    for (const field of box ? box.querySelectorAll("[data-field]") : []) {
+      form[field.dataset.field] = field.type === "checkbox" ? field.checked : field.value;
+    }
     for (const other of box ? box.querySelectorAll("button[data-do]") : [button]) other.disabled = true;
-    model.send_msg({ do: button.dataset.do, id: button.dataset.id, comment: comment ? comment.value : "" });
+    model.send_msg({ do: button.dataset.do, id: button.dataset.id, comment: comment ? comment.value : "", by: by ? by.value : "", form });
   });
 
   model.on("shown", draw);
@@ -45,7 +50,7 @@ export function render({ model }) {
     if (silent && document.visibilityState === "visible") {
       try {
         const answer = await fetch(document.body.dataset.alive, { cache: "no-store" });
-        const writing = [...document.querySelectorAll("textarea")].some((area) => area.value);
+        const writing = [...document.querySelectorAll("textarea, [data-field]")].some((area) => area.value !== area.defaultValue);
         if ((answer.ok || answer.status === 401) && !writing) location.reload();
       } catch { /* not there yet */ }
     }

@@ -307,3 +307,11 @@ def test_a_link_from_another_site_works_at_the_second_try(browser: Browser) -> N
     assert first.status == again.status == 401
     assert 'http-equiv="refresh"' in first.body
     assert "refresh" not in again.body
+
+
+def test_a_callback_needs_no_token_and_opens_nothing_else(browser: Browser) -> None:
+    """Who has such an address may post to it from anywhere; reading it, or going on from it, needs the token."""
+    assert browser.http("/v1/callbacks/secret", method="POST", host="tunnel.example").status == 500
+    assert browser.http("/v1/callbacks/secret").status == 401
+    assert browser.http("/v1/callbacks", method="POST", origin=OURS).status == 401
+    assert browser.http("/v1/callbacks/../ui", method="POST").status in (404, 405)
