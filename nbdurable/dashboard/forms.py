@@ -42,7 +42,8 @@ def fields(wait: Wait) -> tuple[Field, ...]:
     if schema is None:
         return ()
     properties = schema.get("properties")
-    if schema.get("type") != "object" or not isinstance(properties, dict) or len(properties) > MAX_FIELDS:
+    simple = isinstance(properties, dict) and len(properties) <= MAX_FIELDS and "" not in properties
+    if schema.get("type") != "object" or not isinstance(properties, dict) or not simple:
         return (_field("", schema, schema, wait.value, required=True),)
     proposed = wait.value if isinstance(wait.value, dict) else {}
     required = schema.get("required", ())

@@ -15,7 +15,8 @@ from nbdurable.models import RunDetail, RunStatus, Wait, WaitStatus
 from nbdurable.runner.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
-from tests.tools.processes import Coordinator, end_processes_of
+from tests.tools.kernels import Kernel
+from tests.tools.processes import Coordinator, end_processes_of, until
 
 DEADLINE_S = 90.0
 
@@ -115,3 +116,87 @@ def test_a_headless_notebook_waits_for_everything(
     end_processes_of(home)
     kept = [path for path in [*home.root.rglob("*"), *tmp_path.glob("*.ipynb")] if path.is_file()]
     assert not [path for path in kept if b"s3cr3t-t0ken" in path.read_bytes()]
+
+
+RACE = (
+    "%%step race\nasked = globals().get('asked', 0) + 1\n"
+    "first = durable.first_of(decision=durable.approval('x', title='Race?'), late=durable.timer('1h'))\n"
+    "first = (first.name, first.result.by)"
+)
+BOTH = (
+    "%%step both\ntried = globals().get('tried', 0) + 1\n"
+    "found = await asyncio.gather(*(durable.approve_async(t, title=t) for t in 'ab'))\nfound = [d.by for d in found]"
+)
+
+
+def opened(client: Client, *titles: str) -> dict[str, Wait]:
+    """Wait until just these are open; return them by title."""
+
+    def found() -> list[dict[str, Wait]]:
+        waits = {w.title: w for w in client.call(contract.LIST_WAITS, contract.ListWaits()).waits}
+        return [waits] if set(waits) == set(titles) else []
+
+    [waits] = until(found, what=f"just {titles} are open")
+    return waits  # type: ignore[no-any-return]
+
+
+def test_a_person_waits_for_several_things(home: Home, coordinator: Coordinator, tmp_path: Path) -> None:
+    """Guarantees 5, 6, 11: a kernel that dies at a gate, an interrupt, several at once, words that can't be meant."""
+    client = coordinator.client
+    kernel = Kernel(home.root, notebooks.write(tmp_path / "n.ipynb", []), tmp_path)
+    setup = "%load_ext nbdurable\nimport asyncio, datetime\nimport nbdurable as durable"
+    try:
+        kernel.run(setup)
+        kernel.send(RACE, "r")
+        race = opened(client, "Race?", "sleep 1h")["Race?"]
+        kernel.kill()
+        answer(client, race)
+        assert opened(client) == {}
+        kernel.restart()
+        kernel.run(setup)
+        reply = kernel.run(RACE, "r")
+        assert reply.status == "ok", reply.error
+        assert kernel.value("(asked, first)") == "(1, ('decision', 'ann'))"
+
+        sent = kernel.send(BOTH, "b")
+        waits = opened(client, "a", "b")
+        answer(client, waits["b"], by="bob")
+        opened(client, "a")
+        kernel.interrupt()
+        assert f"approval {waits['a'].id} stays open" in kernel.collect(sent).error
+        sent = kernel.send(BOTH, "b")
+        answer(client, waits["a"])
+        reply = kernel.collect(sent)
+        assert reply.status == "ok", reply.error
+        assert kernel.value("(tried, found)") == "(1, ['ann', 'bob'])"
+
+        sent = kernel.send("durable.wait_for('never')", "w")
+        opened(client, "event never")
+        kernel.interrupt()
+        assert "event never is waited for on" in kernel.collect(sent).error
+        sent = kernel.send("durable.wait_for('never')", "w")
+        client.send("never", {"n": 1})
+        assert kernel.collect(sent).outputs[-1]["data"]["text/plain"] == "{'n': 1}"
+
+        for code, said in (
+            ("durable.first_of()", "first_of of nothing"),
+            ("durable.all_of(x=3)", "x can't be waited for"),
+            ("durable.approve(1, default=True)", "has a default and no timeout"),
+            ("durable.approve(1, timeout=0)", "is zero"),
+            ("durable.approve(1, timeout=datetime.datetime(2020, 1, 1))", "the deadline of 'Approve?' was"),
+            ("durable.approve(1, reviewers='ann')", "reviewers=['ann']"),
+            ("durable.approve(1, form=7)", "7 can't be a form"),
+            ("durable.approve(1, remind_every='1ms')", "is too often"),
+            ("durable.wait_for('')", "can't name an event"),
+            ("durable.wait_for('e', match={1: 2})", "can't be matched"),
+            ("durable.wait_for('e', schema={'type': 3})", "is no JSON schema"),
+            ("durable.sleep_until('noon')", "is no moment"),
+            ("durable.sleep(datetime.datetime.now())", "is no duration"),
+        ):
+            error = kernel.run(code, "bad").error
+            assert said in error, f"{code}: {error}"
+            assert "Traceback" not in error
+        assert kernel.run("durable.sleep_until(datetime.datetime(2020, 1, 1))", "past").status == "ok"
+        assert opened(client) == {}
+    finally:
+        kernel.shutdown()
