@@ -22,6 +22,7 @@ from nbdurable.models import (
     DriverKind,
     ErrorInfo,
     Event,
+    HandSet,
     ProcessIdentity,
     Progress,
     Run,
@@ -104,6 +105,7 @@ class CreateRun(Shape):
     delay_s: float = Field(0.0, ge=0)
     ttl_s: float | None = Field(None, gt=0)  # it expires if nobody has begun it so long after its delay
     driver: Driver | None = None
+    until: str | None = None  # the last step that it executes
 
 
 class ListRuns(Shape):
@@ -148,6 +150,67 @@ class CloseRun(Shape):
     reason: str
 
 
+# Changing the past -----------------------------------------------------------------------------------------
+
+
+class ForkRun(CreateRun):
+    """Create a headless run that shares another one's checkpoints: whole, or not at all.
+
+    `share`: the steps whose checkpoints it keeps, each committed in `source`. `forked_at`: the step from which it
+    runs; None for a replay.
+    """
+
+    source: str  # names a run
+    forked_at: str | None = None
+    share: tuple[str, ...] = ()
+    hand_set: tuple[HandSet, ...] = ()
+
+
+class Version(Shape):
+    """The version of its notebook that a run goes on with."""
+
+    notebook: str
+    snapshot: str  # digest of a blob that the client has written
+    kernel_name: str | None = None
+    steps_total: int | None = None
+
+
+class Mark(Shape):
+    """A step that a person did by hand: a signed checkpoint without variables, which says who did it and when."""
+
+    step: str
+    reason: str
+    manifest: SignedManifest
+
+
+class RepairRun(Shape):
+    """Change the past of a run that nobody drives, and queue it: whole, or not at all.
+
+    `set_aside`: steps whose checkpoints count no more; they stay in the history. `expected_epoch`: the run as it was
+    when the change was planned. The same `nonce` gets the first answer.
+    """
+
+    run_id: str
+    by: str
+    nonce: str
+    expected_epoch: int
+    version: Version | None = None
+    set_aside: tuple[str, ...] = ()
+    hand_set: tuple[HandSet, ...] = ()
+    marks: tuple[Mark, ...] = ()
+
+
+class ResumeRun(Shape):
+    """Queue a paused, failed or cancelled run; with `take_over` also one that a living kernel drives.
+
+    `version`: the notebook as it is now, for a run that was last driven interactively.
+    """
+
+    run_id: str
+    version: Version | None = None
+    take_over: bool = False
+
+
 # Driving ---------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +221,7 @@ class LeaseRun(Shape):
     driver: Driver
     take_over: bool = False
     notebook: str | None = None  # where it stands now, if it may have been renamed
+    attach: bool = False  # whatever became of the run: a headless one is driven interactively from now on
 
 
 class LeaseWork(Shape):
@@ -616,7 +680,11 @@ READ_EVENTS = Endpoint(
 READ_LOG = Endpoint("GET", "/v1/runs/{run_id}/log", ReadLog, Log, "Read what a headless run printed.")
 CANCEL_RUN = Endpoint("POST", "/v1/runs/{run_id}/cancel", ByRun, Run, "Cancel a run.")
 RESUME_RUN = Endpoint(
-    "POST", "/v1/runs/{run_id}/resume", ByRun, Run, "Queue a run that was delayed, paused or has ended."
+    "POST", "/v1/runs/{run_id}/resume", ResumeRun, Run, "Queue a run that was delayed, paused or has ended."
+)
+FORK_RUN = Endpoint("POST", "/v1/forks", ForkRun, Run, "Create a run that shares another one's checkpoints.")
+REPAIR_RUN = Endpoint(
+    "POST", "/v1/runs/{run_id}/repair", RepairRun, Run, "Change a run's past, and queue it."
 )
 CLOSE_RUN = Endpoint("POST", "/v1/runs/{run_id}/close", CloseRun, Run, "End an interactive run.")
 LEASE_RUN = Endpoint("POST", "/v1/runs/{run_id}/lease", LeaseRun, Run, "Begin to drive a run interactively.")

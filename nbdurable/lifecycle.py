@@ -36,6 +36,9 @@ class Happening(StrEnum):
     REQUEST_CANCEL = "request cancel"  # somebody cancels it while a worker drives it
     CANCEL = "cancel"
     RESUME = "resume"  # somebody lets it go on headless
+    ATTACH = "attach"  # a person brings it, with its variables, into a kernel
+    HAND_OVER = "hand over"  # somebody lets workers go on with what a living kernel drives
+    REPAIR = "repair"  # somebody changes its past, and lets it go on headless
     CLOSE = "close"  # `%durable new` begins another one
 
 
@@ -97,12 +100,30 @@ MOVES: dict[tuple[RunStatus, Happening], Move] = {
     (_S.CANCELLED, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
     (_S.TIMED_OUT, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
     (_S.EXPIRED, _H.RESUME): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.RUNNING, _H.HAND_OVER): _to(_S.QUEUED, _E.DROP_DRIVER, _E.RESET_RECOVERIES),
+    (_S.QUEUED, _H.ATTACH): _to(_S.RUNNING, _E.NEW_EPOCH, _E.RESET_RECOVERIES),
+    (_S.WAITING, _H.ATTACH): _to(_S.RUNNING, _E.NEW_EPOCH, _E.RESET_RECOVERIES),
+    (_S.PAUSED, _H.ATTACH): _to(_S.RUNNING, _E.NEW_EPOCH, _E.RESET_RECOVERIES),
+    (_S.FAILED, _H.ATTACH): _to(_S.RUNNING, _E.NEW_EPOCH, _E.RESET_RECOVERIES),
+    (_S.CANCELLED, _H.ATTACH): _to(_S.RUNNING, _E.NEW_EPOCH, _E.RESET_RECOVERIES),
+    (_S.TIMED_OUT, _H.ATTACH): _to(_S.RUNNING, _E.NEW_EPOCH, _E.RESET_RECOVERIES),
+    (_S.DELAYED, _H.ATTACH): _to(_S.RUNNING, _E.NEW_EPOCH, _E.RESET_RECOVERIES),
+    (_S.QUEUED, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.WAITING, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.PAUSED, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.COMPLETED, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.FAILED, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.CANCELLED, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.TIMED_OUT, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
+    (_S.DELAYED, _H.REPAIR): _to(_S.QUEUED, _E.RESET_RECOVERIES),
 }
 
 _TODO = {
     Happening.RESUME: "only a run that is delayed, paused or ended can be resumed; `nbdurable show RUN` says more",
     Happening.CANCEL: "a run that has ended can't be cancelled",
     Happening.LEASE: "`nbdurable resume RUN` lets it go on; `%durable new` starts another run",
+    Happening.ATTACH: "`%durable checkout RUN STEP` brings its variables; `nbdurable fork RUN --from STEP` begins anew",
+    Happening.REPAIR: "stop it first: `nbdurable cancel RUN` keeps its committed steps; then it can be repaired",
 }
 
 

@@ -53,6 +53,7 @@ class StepStatus(StrEnum):
     WAITING = "waiting"  # suspended at a wait inside the cell; what came before it is checkpointed
     COMPLETED = "completed"
     FAILED = "failed"
+    PENDING = "pending"  # a repair set its checkpoint aside: it runs again
     REPLAY = "replay"  # it runs in every attempt: marked so, or (`--steps all`) what it makes can't be saved
 
 
@@ -219,6 +220,16 @@ class Progress(Shape):
     text: str = ""
 
 
+class HandSet(Shape):
+    """A value that a person gave a variable, put into the namespace right before a step's cell (`--set`)."""
+
+    step: str
+    name: str
+    value: JSON
+    by: str
+    at: float
+
+
 class Run(Shape):
     """One execution of a notebook: the row that lists show."""
 
@@ -253,6 +264,15 @@ class Run(Shape):
     driven_since: float | None = None
     begins_at: float | None = None  # it is delayed until then
     expires_at: float | None = None  # if nobody has begun it by then
+    forked_from: str | None = None  # id of the run that it was forked from, or is a replay of
+    forked_at: str | None = (
+        None  # the step from which the fork runs; None: it is a replay, and shares nothing
+    )
+    until: str | None = None  # the last step that it executes
+    hand_set: tuple[HandSet, ...] = ()
+    earlier_snapshots: tuple[
+        str, ...
+    ] = ()  # digests of the versions that it had before repairs and hand-overs
     created_at: float
     started_at: float | None = None
     ended_at: float | None = None

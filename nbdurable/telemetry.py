@@ -29,6 +29,7 @@ FAULT_POINTS: dict[str, str] = {
     "kernel-started": "the run's process started its kernel",
     "output-written": "the output notebook is written, the run's end is not reported",
     "end-reported": "the run's end is reported, its process still lives",
+    "past-changed": "a fork, a repair or a hand-over is on disk, nobody was told",
     "suspend-reported": "the run waits, its kernel still lives",
 }
 

@@ -156,6 +156,7 @@ class Manifest(Shape):
     resume_at: int | None = None  # top-level statement at which a waiting cell goes on
     wait_keys: tuple[str, ...] = ()
     skips_rest: str | None = None  # why the notebook ends behind this step
+    by_hand: str = ""  # who did the step by hand, and when; it left nothing, and its code was not run
 
     def files(self) -> set[str]:
         """Return the digests of all files that this checkpoint needs."""

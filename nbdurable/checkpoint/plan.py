@@ -7,9 +7,10 @@ that a plan says what will happen.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from blake3 import blake3
 
@@ -94,6 +95,12 @@ class Origins:
         for name in deleted:
             self._known.pop(name, None)
 
+    def by_hand(self, values: Mapping[str, Any]) -> None:
+        """Note that a person gave variables these JSON values."""
+        for name, value in values.items():
+            text = json.dumps(value, sort_keys=True)
+            self._bind(name, Origin(digest("set by hand", name, text), "set by hand"))
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -128,6 +135,8 @@ def decide(
         return Verdict("execute", forced)
     if recorded is None:
         return Verdict("execute", "it has no checkpoint yet")
+    if recorded.by_hand:
+        return Verdict("restore", recorded.by_hand)
     if (cause := code_cause(recorded.code, code)) is not None:
         return Verdict("execute", cause.sentence, cause=cause)
     if recorded.code.python != code.python and any(group.code for group in recorded.groups + recorded.later):

@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -30,7 +30,6 @@ from nbdurable.contract import (
     LIST_WAITS,
     READ_EVENTS,
     READ_LOG,
-    RESUME_RUN,
     SQL,
     AnswerWait,
     ByRun,
@@ -43,8 +42,12 @@ from nbdurable.contract import (
     ReadWait,
 )
 from nbdurable.errors import DurableError, UsageError
-from nbdurable.models import RunStatus, WaitKind, WaitStatus
+from nbdurable.models import Run, RunStatus, WaitKind, WaitStatus
 from nbdurable.settings import find_home
+
+if TYPE_CHECKING:
+    from nbdurable.cli.past import Change
+    from nbdurable.client import Client
 
 
 class _Group(TyperGroup):
@@ -107,7 +110,30 @@ WaitId = Annotated[
 By = Annotated[
     str | None, typer.Option(metavar="NAME", help="Who answers or sends (default: this machine's user).")
 ]
-Comment = Annotated[str, typer.Option(metavar="TEXT", help="What the answer's reader should know.")]
+Comment = Annotated[str, typer.Option(metavar="TEXT", help="What its reader should know.")]
+From = Annotated[
+    str | None,
+    typer.Option("--from", metavar="STEP", help="From this step on (default: the first that is not done)."),
+]
+Edited = Annotated[
+    Path | None, typer.Option(metavar="NB", help="The edited notebook (default: the run's own version).")
+]
+Parameter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-p",
+        "--parameter",
+        metavar="NAME VALUE",
+        help="A parameter; numbers, True, None and JSON are read as such.",
+    ),
+]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=JSON", help="Give a variable this value, right before the step runs."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would happen, and why.")]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -152,15 +178,7 @@ def run(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT", help="Where the executed notebook goes.")
     ] = None,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-p",
-            "--parameter",
-            metavar="NAME VALUE",
-            help="A parameter; numbers, True, None and JSON are read as such.",
-        ),
-    ] = None,
+    parameter: Parameter = None,
     file: Annotated[
         Path | None, typer.Option("-f", "--file", metavar="FILE", help="Parameters from a YAML or JSON file.")
     ] = None,
@@ -191,6 +209,8 @@ def run(
     delay: Annotated[str | None, typer.Option(metavar="T", help="Begin it so much later.")] = None,
     ttl: Annotated[
         str | None, typer.Option(metavar="T", help="Let it expire if no worker has begun it by then.")
+    until: Annotated[
+        str | None, typer.Option(metavar="STEP", help="Execute nothing behind this step.")
     ] = None,
     no_questions: Annotated[
         bool, typer.Option("--no-questions", help="Let input() and getpass() fail instead of waiting.")
@@ -206,12 +226,11 @@ def run(
     if steps not in ("marked", "all"):
         raise UsageError(f"--steps {steps} is not known", todo="use --steps marked or --steps all")
     values = (parameters.read_file(file) if file else {}) | parameters.read_pairs(parameter or ())
-    from nbdurable.cli.follow import Story, conclude, follow, heading
+    from nbdurable.cli.follow import heading
     from nbdurable.runner.notebooks import create_headless
 
     screen = Screen(json=as_json)
     client = connect(notebook, existing=False)
-    command = hint(client.home)
     created = create_headless(
         client,
         notebook,
@@ -227,26 +246,35 @@ def run(
         delay=delay or 0.0,
         ttl=ttl,
         questions=not no_questions,
+        until=until,
         warn=lambda sentence: warn(("note: ", "yellow"), sentence),
     )
     screen.say(
         *heading(created),
         *(() if detach else (f"  {created.steps_total} steps",) if created.steps_total else ()),
     )
+    _follow(client, created, screen, detach=detach)
+
+
+def _follow(client: Client, run: Run, screen: Screen, *, detach: bool) -> None:
+    """Follow a run that was just queued to its end, or say how it is followed."""
+    from nbdurable.cli.follow import Story, conclude, follow
+
+    command = hint(client.home)
     if detach:
-        screen.say("follow it: ", (command(f"logs -f {created.short}"), "bold"))
-        if as_json:
-            screen.data(created)
+        screen.say("follow it: ", (command(f"logs -f {run.short}"), "bold"))
+        if screen.json_mode:
+            screen.data(run)
         return
     try:
-        ended = follow(client, created.id, screen, Story(approval_page(client.home), command))
+        ended = follow(client, run.id, screen, Story(approval_page(client.home), command))
     except KeyboardInterrupt:
-        screen.say(f"run {created.short} goes on. Follow it: ", (command(f"logs -f {created.short}"), "bold"))
-        screen.say("  cancel it: ", (command(f"cancel {created.short}"), "bold"))
+        screen.say(f"run {run.short} goes on. Follow it: ", (command(f"logs -f {run.short}"), "bold"))
+        screen.say("  cancel it: ", (command(f"cancel {run.short}"), "bold"))
         raise typer.Exit(INTERRUPTED) from None
     ended = with_output(client.home, ended)
     status = conclude(ended, screen, command)
-    if as_json:
+    if screen.json_mode:
         screen.data(ended)
     raise typer.Exit(status)
 
@@ -372,15 +400,215 @@ def logs(
 
 
 @app.command(epilog="Example: nbdurable resume 4fb29c1e")
-def resume(run: RunId, as_json: Json = False) -> None:
-    """Let a run go on headless, from its last committed step."""
-    client = connect()
-    resumed = client.call(RESUME_RUN, ByRun(run_id=run))
-    screen = Screen(json=as_json)
-    screen.say(f"run {resumed.short} is {resumed.status}: {resumed.reason}")
-    screen.say("follow it: ", (hint(client.home)(f"logs -f {resumed.short}"), "bold"))
-    if as_json:
-        screen.data(resumed)
+def resume(
+    run: RunId,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take it from the kernel that drives it; that one is told so.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Let a run go on headless, from its last committed step.
+
+    One that was driven in a kernel goes on with its notebook as it is on disk now.
+    """
+    from nbdurable.cli.past import resume as change
+
+    client, screen = connect(), Screen(json=as_json)
+    found = client.call(GET_RUN, ByRun(run_id=run))
+    if (
+        not (take_over or dry_run or as_json)
+        and sys.stdin.isatty()
+        and found.driver is not None
+        and found.driver.kind == "interactive"
+    ):
+        asked = f"Run {found.short} is driven by {found.driver.label}. Take it from there?"
+        take_over = typer.confirm(asked, default=False, err=True)
+    _carry_out(client, change(client, found.id, take_over=take_over), screen, dry_run=dry_run)
+
+
+@app.command(cls=_Run, epilog="Example: nbdurable fork 4fb29c1e --from draft --notebook edited.ipynb")
+def fork(
+    run: RunId,
+    start: From = None,
+    notebook: Edited = None,
+    parameter: Parameter = None,
+    given: Given = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT", help="Where the executed notebook goes.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Queue the run and return.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Begin a new run that shares another one's checkpoints before a step.
+
+    What the other run has committed by now is shared, though it may still run; it is left as it is.
+    """
+    from nbdurable.cli.past import fork as change
+
+    client, screen = connect(), Screen(json=as_json)
+    found = change(
+        client,
+        run,
+        start=start,
+        notebook=notebook,
+        parameters=parameters.read_pairs(parameter or ()),
+        given=given or (),
+        output=output,
+        by=_user(),
+    )
+    if (forked := _print_change(found, screen, dry_run=dry_run)) is not None:
+        _follow(client, forked, screen, detach=detach)
+
+
+@app.command(epilog="Example: nbdurable repair 4fb29c1e --notebook fixed.ipynb --dry-run")
+def repair(
+    run: RunId,
+    start: From = None,
+    notebook: Edited = None,
+    given: Given = None,
+    mark_done: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mark-done", metavar="STEP", help="A person did this step by hand: it counts as done."
+        ),
+    ] = None,
+    comment: Comment = "",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Change the past of a run that nobody drives, and let it go on: earlier steps are kept.
+
+    History only grows: what is set aside, the versions of the notebook and what was set by hand stay in it.
+    """
+    from nbdurable.cli.past import repair as change
+
+    client, screen = connect(), Screen(json=as_json)
+    found = change(
+        client,
+        run,
+        start=start,
+        notebook=notebook,
+        given=given or (),
+        marked=mark_done or (),
+        comment=comment,
+        by=_user(),
+    )
+    _carry_out(client, found, screen, dry_run=dry_run)
+
+
+def _carry_out(client: Client, change: Change, screen: Screen, *, dry_run: bool) -> None:
+    if (run := _print_change(change, screen, dry_run=dry_run)) is not None:
+        screen.say("follow it: ", (hint(client.home)(f"logs -f {run.short}"), "bold"))
+        if screen.json_mode:
+            screen.data(run)
+
+
+def _print_change(change: Change, screen: Screen, *, dry_run: bool) -> Run | None:
+    """Print what would happen; then, unless it is a dry run, let it happen, and return the run."""
+    from nbdurable.cli.follow import heading
+    from nbdurable.cli.plans import as_json, print_steps
+
+    screen.say(*heading(change.source), f"  {change.source.status}")
+    print_steps(change.plan, screen)
+    for note in change.notes:
+        warn(("note: ", "yellow"), note)
+    if dry_run:
+        screen.say("nothing was changed")
+        if screen.json_mode:
+            screen.data({"run": change.source.id, "plan": [as_json(step) for step in change.plan]})
+        return None
+    run = change.carry_out()
+    screen.say(f"run {run.short} is {run.status}: {run.reason}")
+    return run
+
+
+@app.command(cls=_Run, epilog="Example: nbdurable replay --status failed --since 1d --limit 20")
+def replay(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN…", help="Runs, or leave them out and filter.")
+    ] = None,
+    parameter: Parameter = None,
+    status: Annotated[RunStatus | None, typer.Option(help="Only runs with this status.")] = None,
+    notebook: Annotated[Path | None, typer.Option(metavar="FILE", help="Only runs of this notebook.")] = None,
+    tag: Annotated[
+        str | None, typer.Option("-t", "--tag", metavar="T", help="Only runs with this tag.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only runs created no longer ago, such as 1d.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1_000, help="At most so many, the newest.")] = 100,
+    dry_run: DryRun = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run again: new runs of the same versions with the same parameters, or with edited ones.
+
+    By filter, the runs are shown first, and a person on a terminal is asked.
+    """
+    from nbdurable.cli.replays import replay_all
+    from nbdurable.policies import seconds
+
+    filters = (status, notebook, tag, since)
+    if bool(runs) == any(one is not None for one in filters):
+        raise UsageError(
+            "replay needs either runs or a filter",
+            todo="name RUNs, or filter by --status, --notebook, --tag, --since",
+        )
+    client, screen = connect(), Screen(json=as_json)
+    given = parameters.read_pairs(parameter or ())
+    since_s = None if since is None else seconds(since)
+    failed = replay_all(
+        client,
+        screen,
+        runs,
+        (status, notebook, tag, since_s, limit),
+        given,
+        dry_run=dry_run,
+        ask=not (yes or as_json) and not runs,
+    )
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command(epilog="Example: nbdurable resample 4fb29c1e draft --n 5 --show text")
+def resample(
+    run: RunId,
+    step: Annotated[str, typer.Argument(metavar="STEP", help="The step that runs several times.")],
+    n: Annotated[int, typer.Option("--n", "-n", min=1, max=100, help="How often.")] = 5,
+    notebook: Edited = None,
+    given: Given = None,
+    show_name: Annotated[
+        str | None, typer.Option("--show", metavar="NAME", help="Compare this variable, whole.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run one step several times side by side, and compare what it leaves: for prompts.
+
+    Each is a fork of its own, which keeps the steps before and executes nothing behind. Exit status 1 if one failed.
+    """
+    from nbdurable.cli.past import fork as change
+    from nbdurable.cli.replays import compare_samples
+
+    client, screen = connect(), Screen(json=as_json)
+
+    def sample() -> Change:
+        return change(
+            client,
+            run,
+            start=step,
+            notebook=notebook,
+            given=given or (),
+            until=step,
+            tags=("resample",),
+            by=_user(),
+        )
+
+    first = _print_change(sample(), screen, dry_run=dry_run)
+    if first is not None:
+        samples = [first, *(sample().carry_out() for _ in range(n - 1))]
+        raise typer.Exit(compare_samples(client, samples, step, show_name, screen))
 
 
 @app.command(epilog="Example: nbdurable cancel 4fb29c1e")

@@ -52,6 +52,8 @@ def step_line(step: Step, *, restored: bool) -> Line | None:
     name = f" {step.name:<{_NAME_WIDTH}}  "
     if step.status not in (StepStatus.COMPLETED, StepStatus.REPLAY):
         return None
+    if not (restored or step.attempts):  # shared, or marked done: told when it is restored
+        return None
     if restored:
         return (("↺", "cyan"), name, "restored", (f" · {step.reason}" if step.reason else "", "dim"))
     return (("✓", "green"), name, f"{took(step):<8}", *_details(step))

@@ -6,6 +6,7 @@ Owns which run a notebook is compared with; the verdicts are the kernel's own (`
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,14 @@ from nbdurable.settings import find_project
 if TYPE_CHECKING:
     from nbdurable.kernel.foresight import Foreseen
 
-_STYLES = {"restore": "cyan", "continue": "cyan", "run": "yellow", "replay": "dim"}
+_STYLES = {
+    "restore": "cyan",
+    "keep": "cyan",
+    "mark": "cyan",
+    "continue": "cyan",
+    "run": "yellow",
+    "replay": "dim",
+}
 
 
 def print_plan(target: str, screen: Screen) -> None:
@@ -55,12 +63,19 @@ def print_plan(target: str, screen: Screen) -> None:
     key = (
         bytes(32) if newest is None else load_key(client.home)
     )  # without a run there is no checkpoint to compare
-    known = {} if newest is None else _manifests(client, newest, key)
+    known = {} if newest is None else manifests(client, newest, key)
     every_cell = newest is not None and newest.steps_mode == "all"
     watcher = Watcher(notebook.parent, key)
-    foreseen = foresee(parse_cells(cells), known, find_project(notebook), watcher, every_cell=every_cell)
+    foreseen = foresee(
+        parse_cells(cells),
+        known,
+        find_project(notebook),
+        watcher,
+        every_cell=every_cell,
+        hand_set=newest.hand_set if newest else (),
+    )
     if screen.json_mode:
-        screen.data([_json(step) for step in foreseen])
+        screen.data([as_json(step) for step in foreseen])
         return
     compared: Line = (
         (f"  compared with run {newest.short}, {newest.status}",) if newest else ("  it has no run yet",)
@@ -69,7 +84,12 @@ def print_plan(target: str, screen: Screen) -> None:
     if not foreseen:
         screen.say("it has no steps: begin a cell with %%step NAME, or run it with --steps all")
         return
-    width = max(len(step.step) for step in foreseen)
+    print_steps(foreseen, screen)
+
+
+def print_steps(foreseen: Sequence[Foreseen], screen: Screen) -> None:
+    """Print a line per step: what happens to it, and why."""
+    width = max((len(step.step) for step in foreseen), default=0)
     for step in foreseen:
         screen.say(
             f" {step.step:<{width}}  ",
@@ -78,7 +98,8 @@ def print_plan(target: str, screen: Screen) -> None:
         )
 
 
-def _json(step: Foreseen) -> dict[str, JSON]:
+def as_json(step: Foreseen) -> dict[str, JSON]:
+    """Return a step's line for scripts."""
     cause = step.cause
     parts: dict[str, JSON] | None = None
     if cause is not None:
@@ -115,7 +136,7 @@ def _cells(notebook: bytes) -> list[dict[str, object]]:
     return list(json.loads(notebook)["cells"])
 
 
-def _manifests(client: Client, run: Run, key: bytes) -> dict[str, Manifest]:
+def manifests(client: Client, run: Run, key: bytes) -> dict[str, Manifest]:
     """Return the verified manifests of a run's steps; those that run again on resume count as not there."""
     return {
         found.step: unseal(found.manifest, key, of=f"step `{found.step}` of run {run.short}")

@@ -34,6 +34,7 @@ STYLES = {
     "paused": "yellow",
     "running": "blue",
     "queued": "dim",
+    "pending": "yellow",
     "replay": "dim",
 }
 LEVELS = {"debug": "dim", "info": "blue", "warning": "yellow", "error": "red"}

@@ -41,11 +41,19 @@ def print_runs(runs: Sequence[Run], screen: Screen) -> None:
             near(Path(run.notebook)),
             clock(run.created_at),
             _length(run, now),
-            clip(run.reason, 80),
+            clip(run.reason, 80) + (f" ({lineage(run)})" if run.forked_from else ""),
         )
         for run in runs
     ]
     screen.table(("RUN", "STATUS", "NOTEBOOK", "CREATED", "TOOK", "REASON"), rows)
+
+
+def lineage(run: Run) -> str:
+    """Say which run a fork or a replay comes from."""
+    if run.forked_from is None:
+        return ""
+    source = run.forked_from[-8:]
+    return f"fork of {source} at {run.forked_at}" if run.forked_at else f"replay of {source}"
 
 
 def _length(run: Run, now: float) -> str:
@@ -70,6 +78,12 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
             f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in run.parameters.items()
         ),
         "tags": ", ".join(run.tags),
+        "lineage": lineage(run),
+        "until": run.until,
+        "set by hand": ", ".join(
+            f"{one.name}={json.dumps(one.value, ensure_ascii=False)} before {one.step} (by {one.by})"
+            for one in run.hand_set
+        ),
         "created": clock(run.created_at),
         "took": _length(run, time.time()),
         "driver": run.driver and (run.driver.label or f"{run.driver.process.role} {run.driver.process.pid}"),
@@ -84,7 +98,7 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
     }
     for name, fact in facts.items():
         if fact:
-            screen.say((f"  {name:<10}  ", "dim"), clip(fact, 400))
+            screen.say((f"  {name:<11}  ", "dim"), clip(fact, 400))
     if run.steps:
         screen.say()
         rows = [

@@ -54,27 +54,27 @@ class Driving:
 
     async def lease_run(self, wanted: contract.LeaseRun) -> Run:
         async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
-            run, driver = live.run, wanted.driver
-            reason, notebook = f"{label(driver)} drives it", wanted.notebook or run.notebook
-            if run.status is not RunStatus.RUNNING or run.driver is None:
-                return await self._core.move(
-                    live, Happening.LEASE, Kind.RUN_LEASED, reason, driver=driver, notebook=notebook
-                )
-            former = run.driver
-            if former.process == driver.process:
-                reason += " on"
-            elif processes.is_alive(former.process) and not wanted.take_over:
-                raise LeaseHeld(
-                    f"run {run.short} is driven by {label(former)} now",
-                    todo="end that kernel, take the run over (it is told so), or start another run",
-                )
-            else:
-                reason += f"; it took over from {label(former)}"
-                if former.kind is DriverKind.HEADLESS:
-                    await self._end_processes(live)
-            return await self._core.move(
-                live, Happening.TAKE_OVER, Kind.RUN_TAKEN_OVER, reason, driver=driver, notebook=notebook
+            run, driver, reason = live.run, wanted.driver, f"{label(wanted.driver)} drives it"
+            happening, kind = Happening.ATTACH if wanted.attach else Happening.LEASE, Kind.RUN_LEASED
+            if run.status is RunStatus.RUNNING and (former := run.driver) is not None:
+                happening, kind = Happening.TAKE_OVER, Kind.RUN_TAKEN_OVER
+                if former.process == driver.process:
+                    reason += " on"
+                elif processes.is_alive(former.process) and not wanted.take_over:
+                    raise LeaseHeld(
+                        f"run {run.short} is driven by {label(former)} now",
+                        todo="end that kernel, take the run over (it is told so), or start another run",
+                    )
+                else:
+                    reason += f"; it took over from {label(former)}"
+                    if former.kind is DriverKind.HEADLESS:
+                        await self._end_processes(live)
+            notebook = wanted.notebook or run.notebook
+            leased, waits = self._core.moved(
+                run, happening, reason, driver=driver, notebook=notebook, kind=DriverKind.INTERACTIVE
             )
+            await self._core.commit(live, [self._core.event(leased, kind, reason)], run=leased, waits=waits)
+            return leased
 
     async def lease_work(self, wanted: contract.LeaseWork) -> contract.Work:
         worker = wanted.driver.process

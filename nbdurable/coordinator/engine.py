@@ -16,6 +16,7 @@ from nbdurable.contract import Endpoint
 from nbdurable.coordinator.calls import Calls
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.driving import Driving
+from nbdurable.coordinator.past import Past
 from nbdurable.coordinator.runs import Runs
 from nbdurable.coordinator.sayings import Sayings
 from nbdurable.coordinator.space import Space
@@ -63,6 +64,7 @@ class Engine:
             contract.SHUTDOWN: self._shutdown,
             contract.SQL: self._sql,
             **Runs(self._core).handlers(),
+            **Past(self._core).handlers(),
             **self._driving.handlers(),
             **Sayings(self._core).handlers(),
             **Steps(self._core).handlers(),

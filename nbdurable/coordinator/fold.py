@@ -36,6 +36,8 @@ class Kind(StrEnum):
     RUN_CANCELLED = "run_cancelled"
     RUN_RESUMED = "run_resumed"
     RUN_CLOSED = "run_closed"
+    RUN_HANDED_OVER = "run_handed_over"
+    RUN_REPAIRED = "run_repaired"
     RUN_DELAYED = "run_delayed"
     RESULT_SET = "result_set"
     METADATA_CHANGED = "metadata_changed"
@@ -47,6 +49,9 @@ class Kind(StrEnum):
     STEP_REPLAY = "step_replay"
     STEP_FAILED = "step_failed"
     CALL_COMPLETED = "call_completed"
+    STEP_SHARED = "step_shared"  # a fork keeps the checkpoint of the run that it comes from
+    STEP_MARKED = "step_marked"  # a person did it by hand
+    STEP_SET_ASIDE = "step_set_aside"  # a repair lets it run again
     CHECKPOINTS_REMOVED = "checkpoints_removed"
     WAIT_OPENED = "wait_opened"
     WAIT_ANSWERED = "wait_answered"
@@ -71,6 +76,7 @@ END_OF_DRIVING = frozenset(
         Kind.RUN_POISONED,
         Kind.RUN_CANCELLED,
         Kind.RUN_CLOSED,
+        Kind.RUN_HANDED_OVER,
     }
 )
 """After these, an attempt that still ran is lost: nobody is left who could end it."""
@@ -255,6 +261,25 @@ def _committed(state: StepState, event: Event) -> None:
     state.line = event.data.get("line")
 
 
+def _kept(state: StepState, event: Event) -> None:
+    """Take a checkpoint that no body of this run made."""
+    _decided(state, event)
+    state.status = state.checkpoint = StepStatus.COMPLETED
+    state.checkpoint_seq = event.seq
+    state.removed = ""
+    state.variables = event.data["variables"]
+    state.calls_made = int(event.data.get("calls", 0))
+
+
+def _set_aside(state: StepState, event: Event) -> None:
+    _decided(state, event)
+    state.status = StepStatus.PENDING
+    state.checkpoint = state.checkpoint_seq = None
+    state.removed = ""
+    state.variables = []
+    state.calls, state.calls_made, state.fresh_since = {}, None, event.seq
+
+
 def _failed(state: StepState, event: Event) -> None:
     number, again_in_s = int(event.data["attempt"]), event.data.get("again_in_s")
     state.end(number, "failed", event, ErrorInfo.model_validate(event.data["error"]), again_in_s)
@@ -278,6 +303,9 @@ _STEP_EVENTS = {
     **{kind: _committed for kind, _ in COMMITS.values()},
     Kind.STEP_FAILED: _failed,
     Kind.CALL_COMPLETED: _called,
+    Kind.STEP_SHARED: _kept,
+    Kind.STEP_MARKED: _kept,
+    Kind.STEP_SET_ASIDE: _set_aside,
 }
 
 

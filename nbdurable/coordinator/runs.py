@@ -1,4 +1,4 @@
-"""Runs as people see them: created, listed, shown, followed, cancelled, resumed, closed.
+"""Runs as people see them: created, listed, shown, followed, cancelled, closed.
 
 Knows nothing of how a run is driven beyond its row.
 """
@@ -17,7 +17,7 @@ from nbdurable.coordinator.core import Core, fence, hold_deadline, label
 from nbdurable.coordinator.fold import Fold, Kind
 from nbdurable.coordinator.names import new_run_id
 from nbdurable.coordinator.state import Live
-from nbdurable.errors import Conflict, NotRestorable, StoreFull, UsageError
+from nbdurable.errors import StoreFull, UsageError
 from nbdurable.lifecycle import Happening
 from nbdurable.models import (
     DriverKind,
@@ -47,7 +47,6 @@ class Runs:
             contract.READ_EVENTS: self.read_events,
             contract.READ_LOG: self.read_log,
             contract.CANCEL_RUN: self.cancel_run,
-            contract.RESUME_RUN: self.resume_run,
             contract.CLOSE_RUN: self.close_run,
         }
 
@@ -163,27 +162,6 @@ class Runs:
                     live.lease.cancel_by = self._core.cancel_deadline()
                 return run
             return await self._core.move(live, happening, Kind.RUN_CANCELLED, "cancelled by hand")
-
-    async def resume_run(self, wanted: contract.ByRun) -> Run:
-        async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
-            run = live.run
-            reason = "resumed by hand; waits for a worker"
-            if run.status is RunStatus.QUEUED and run.reason == reason:
-                return run  # asked for before
-            resumed, _ = self._core.moved(run, Happening.RESUME, reason)
-            if run.snapshot is None:
-                raise Conflict(
-                    f"run {run.short} has no snapshot of its notebook: it can't go on headless",
-                    todo=f"open {run.notebook} and load the extension: it takes the run up",
-                )
-            gone = [step.name for step in (await self._core.fold(live)).steps() if step.removed]
-            if gone:
-                raise NotRestorable(
-                    f"run {run.short} can't go on: the checkpoints of {', '.join(gone)} were removed by a clean-up",
-                    todo=f"start a new run of {run.notebook}",
-                )
-            await self._core.commit(live, [self._core.event(resumed, Kind.RUN_RESUMED, reason)], run=resumed)
-            return resumed
 
     async def close_run(self, wanted: contract.CloseRun) -> Run:
         async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:

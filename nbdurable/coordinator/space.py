@@ -329,7 +329,7 @@ def _amounts(files: set[str], users: _Single, sizes: dict[str, int]) -> dict[str
 
 
 def _snapshots(runs: Iterable[Run]) -> set[str]:
-    return {run.snapshot for run in runs if run.snapshot}
+    return {digest for run in runs for digest in (run.snapshot, *run.earlier_snapshots) if digest}
 
 
 def _files(checkpoints: Iterable[_Checkpoint]) -> set[str]:

@@ -316,7 +316,7 @@ class RunPage(Page):
                 run = self.client.call(contract.CANCEL_RUN, ByRun(run_id=subject))
                 said = "The run is cancelled." if run.status.is_final else "The run was asked to stop."
             case "resume":
-                self.client.call(contract.RESUME_RUN, ByRun(run_id=subject))
+                self.client.call(contract.RESUME_RUN, contract.ResumeRun(run_id=subject))
                 said = "The run is queued; a worker takes it up."
             case _:
                 raise ValueError(do)

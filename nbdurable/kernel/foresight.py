@@ -23,6 +23,7 @@ from nbdurable.checkpoint.sources import code_digest as digest_of
 from nbdurable.checkpoint.watched import Watched, Watcher
 from nbdurable.errors import StepUsageError, UsageError
 from nbdurable.kernel.rewrite import rewrite_lines, take_marker, why_again
+from nbdurable.models import HandSet
 from nbdurable.stepline import StepOptions, is_step, parse_step_line
 
 
@@ -73,6 +74,25 @@ def parse_cells(cells: Sequence[Mapping[str, object]]) -> list[NotebookCell]:
     return found
 
 
+def names_read(cells: Sequence[NotebookCell], start: str | None) -> set[str]:
+    """Return the names that the cells from a step on read, and those that any function of the notebook does."""
+    found: set[str] = set()
+    begun = start is None
+    for cell in cells:
+        begun = begun or start == (cell.options.name if cell.options else cell.id)
+        if (tree := _tree(cell.source)[1]) is None:
+            continue
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+        roots = [tree] if begun else [node for node in ast.walk(tree) if isinstance(node, functions)]
+        found |= {
+            node.id
+            for root in roots
+            for node in ast.walk(root)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        }
+    return found
+
+
 def foresee(
     cells: Sequence[NotebookCell],
     known: Mapping[str, Manifest],
@@ -80,11 +100,12 @@ def foresee(
     watcher: Watcher,
     *,
     every_cell: bool = False,
+    hand_set: Sequence[HandSet] = (),
 ) -> list[Foreseen]:
     """Say for each step of a notebook whether it would be restored or run, in a new kernel, and why.
 
     `known`: the verified manifests of a run's steps. `watcher`: looks at what steps watch. Values
-    that only a run can make are taken as unchanged.
+    that only a run can make are taken as unchanged. `hand_set`: what a person gives variables before steps.
     """
     origins = Origins()
     sources: list[tuple[str, str]] = []  # place for people and transformed text of each cell so far
@@ -116,6 +137,7 @@ def foresee(
             origins.plain_cell(names, code_digest, label_of(cell.source), place)
             foreseen.append(Foreseen(name, "replay", again))
             continue
+        origins.by_hand({one.name: one.value for one in hand_set if one.step == name})
         recorded = known.get(name)
         if recorded is None:
             verdict_action, reason, cause = "run", "it has no checkpoint yet", None

@@ -39,6 +39,7 @@ _MARKS = {
     StepStatus.WAITING: "⏸",
     StepStatus.COMPLETED: "✓",
     StepStatus.FAILED: "✗",
+    StepStatus.PENDING: "…",
     StepStatus.REPLAY: "↻",
 }
 

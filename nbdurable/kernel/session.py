@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import os
 import threading
 from dataclasses import replace
@@ -67,6 +68,7 @@ class Session:
         self.checkpoints: dict[str, Checkpoint] = {}
         self.visited: set[str] = set()
         self.to_rerun: set[str] = set()
+        self.given: set[str] = set()  # steps before which what a person set by hand was put in
         self.cells: dict[str, str] = {}  # step → id of the cell that it was last seen in
         self.trouble: DurableError | None = None  # why no step can run now
         self.made: list[
@@ -174,6 +176,7 @@ class Session:
         self.run, self._epoch, self.trouble = run, run.epoch, None
         self.visited.clear()
         self.to_rerun.clear()
+        self.given.clear()
         found = self.client.call(contract.CHECKPOINTS, contract.ByRun(run_id=run.id))
         self.checkpoints = {checkpoint.step: checkpoint for checkpoint in found.checkpoints}
 
@@ -206,6 +209,15 @@ class Session:
         named = self.shell.compile.format_code_name(file)
         number = named[1].removeprefix("In[").removesuffix("]") if named else ""
         return f"cell {number}" if number.isdigit() else ""
+
+    def give(self, step: str) -> None:
+        """Put in what a person set by hand before a step (`--set`), once: then it is the person's at the kernel."""
+        if self.run is None or step in self.given:
+            return
+        self.given.add(step)
+        values = {one.name: copy.deepcopy(one.value) for one in self.run.hand_set if one.step == step}
+        self.values.update(values)
+        self.origins.by_hand(values)
 
     # Checkpoints ----------------------------------------------------------------------------------------------
 

@@ -267,12 +267,13 @@ class Steps:
             cell.digest = code_digest(ast.unparse(tree))
             return tree
         self._check_unique(options, cell)
+        session.run_id  # noqa: B018  raises what keeps steps from running; creates the run where there is none
+        session.give(options.name)
         again = why_again(options, tree, marked=line is not None, every_cell=session.every_cell)
         body = list(tree.body)
         names = analysis.analyse(tree, cell.source)
         code, used = self._facts(cell, tree, names, options, is_marked=line is not None)
         mentioned = frozenset({*names.loads, *used.inputs})
-        session.run_id  # noqa: B018  raises what keeps steps from running; creates the run where there is none
         known = session.manifest(options.name)
         facts: dict[str, InputFact] = {}
 

@@ -351,6 +351,8 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
             self._log_line(cell, sign, f"{time.monotonic() - began:.1f} s")
             if outcome is not None:
                 return outcome
+            if self._assignment is not None and is_last(cell, self._assignment.run):
+                return Outcome("complete", f"it stopped behind step {self._assignment.run.until!r}, as asked")
         return Outcome("complete", "every cell was executed")
 
     def _outcome_of(self, cell: Any) -> Outcome | None:
@@ -438,6 +440,13 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
             self._log(_ANSI.sub("", "\n".join(output.traceback)) + "\n")
         elif "text/plain" in output.get("data", {}):
             self._log("".join(output.data["text/plain"]) + "\n")
+
+
+def is_last(cell: Any, run: Run) -> bool:
+    """Tell whether a run executes no cell behind this one (`--until`)."""
+    if run.until is None or not is_executed(cell):
+        return False
+    return run.until == (step_name(cell.source) or (cell.id if run.steps_mode == "all" else None))
 
 
 def _title(cell: Any) -> str:

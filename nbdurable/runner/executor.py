@@ -189,7 +189,7 @@ class Executor:
                 )
             fault_point("output-written")
             assert assignment.outcome is not None
-            return self._verdict(nb, assignment.outcome)
+            return self._verdict(run, nb, assignment.outcome)
         except KernelNotReady as error:
             return self._word("lose", str(error))
         except Exception as error:
@@ -223,8 +223,8 @@ class Executor:
             return ()
         return self.client.call(GET_RUN, ByRun(run_id=self.run_id)).steps
 
-    def _verdict(self, nb: Any, outcome: Outcome) -> EndLease:
-        """Return what an outcome means for the run. A run is complete when every step of its notebook is."""
+    def _verdict(self, run: Run, nb: Any, outcome: Outcome) -> EndLease:
+        """Return what an outcome means for the run. It is complete when every step of its notebook is (`--until`)."""
         if outcome.how == "suspend":
             return self._word("suspend", outcome.sentence)
         if outcome.how == "stop":
@@ -233,11 +233,15 @@ class Executor:
             return self._word("fail", outcome.sentence, outcome.error)
         if outcome.how == "skip":
             return self._word("complete", outcome.sentence)
+        from nbdurable.runner.execution import is_last
+
         steps = self._steps()
         done = {step.name for step in steps if step.status in (StepStatus.COMPLETED, StepStatus.REPLAY)}
-        cells = {cell.id for cell in nb.cells}
+        last = next((number for number, cell in enumerate(nb.cells, 1) if is_last(cell, run)), None)
+        cells = {cell.id for cell in nb.cells[:last]}
         known = [step.name for step in steps if step.cell_id in cells]
-        wanted = dict.fromkeys([*step_cells(nb, Path("the notebook")), *known])
+        marked = [name for name, cell in step_cells(nb, Path("the notebook")).items() if cell in cells]
+        wanted = dict.fromkeys([*marked, *known])
         if missing := [name for name in wanted if name not in done]:
             names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             sentence = f"{outcome.sentence}, but {len(missing)} of {len(wanted)} steps are not done: {names}"

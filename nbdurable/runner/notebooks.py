@@ -21,7 +21,14 @@ from typing import Any, Literal
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
 from nbdurable.contract import CREATE_RUN, CreateRun
-from nbdurable.errors import CheckpointError, NotebookError, ParameterError, StepUsageError, UsageError
+from nbdurable.errors import (
+    CheckpointError,
+    NotebookError,
+    NotFound,
+    ParameterError,
+    StepUsageError,
+    UsageError,
+)
 from nbdurable.models import DriverKind, Run
 from nbdurable.policies import Retry, seconds
 from nbdurable.security import load_key
@@ -44,8 +51,12 @@ class Prepared:
     snapshot: bytes
     kernel_name: str
     parameters: dict[str, Any]
-    steps_total: int
+    steps: tuple[str, ...]  # names of the steps, in order
     warnings: tuple[str, ...] = ()
+
+    @property
+    def steps_total(self) -> int:
+        return len(self.steps)
 
 
 def create_headless(
@@ -65,6 +76,7 @@ def create_headless(
     delay: str | float | timedelta = 0.0,
     ttl: str | float | timedelta | None = None,
     questions: bool = True,
+    until: str | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Run:
     """Create a queued run of a notebook as it is now; `warn` gets what people should know about it.
@@ -79,6 +91,10 @@ def create_headless(
     delay_s = seconds(delay)
     notebook = notebook.expanduser().absolute()
     prepared = prepare(notebook, parameters or {}, steps_mode=steps_mode, kernel_name=kernel_name)
+    if until is not None and until not in prepared.steps:
+        raise NotFound(
+            f"{notebook} has no step {until!r}", todo=f"its steps: {', '.join(prepared.steps) or 'none'}"
+        )
     if output is not None:
         output = output.expanduser().absolute()
         check_output(output, notebook)
@@ -86,10 +102,7 @@ def create_headless(
         raise NotebookError(
             f"the working directory {cwd} is no folder", todo="create it, or name another one"
         )
-    load_key(client.home.create())  # refused before anything is written where the store is not trusted
-    blobs = LocalBlobs(client.home.blobs)
-    digest = blobs.put(prepared.snapshot)
-    blobs.sync()
+    digest = keep(client.home, prepared)
     question = CreateRun(
         notebook=str(notebook),
         kind=DriverKind.HEADLESS,
@@ -108,6 +121,7 @@ def create_headless(
         timeout_s=timeout_s,
         delay_s=delay_s,
         ttl_s=ttl_s,
+        until=until,
     )
     if warn is not None:
         for sentence in prepared.warnings:
@@ -134,6 +148,15 @@ def _some(what: str, duration: str | float | timedelta | None) -> float | None:
             f"a {what} of 0 would let nothing run", todo=f"leave the {what} out, or give it time"
         )
     return found
+
+
+def keep(home: Home, prepared: Prepared) -> str:
+    """Write a snapshot as a blob, durably, and return its digest."""
+    load_key(home.create())  # refused before anything is written where the store is not trusted
+    blobs = LocalBlobs(home.blobs)
+    digest = blobs.put(prepared.snapshot)
+    blobs.sync()
+    return digest
 
 
 def read_snapshot(home: Home, run: Run) -> Notebook:
@@ -184,13 +207,14 @@ def prepare(
     *,
     steps_mode: StepsMode = "marked",
     kernel_name: str | None = None,
+    nb: Notebook | None = None,
 ) -> Prepared:
-    """Read and check a notebook, and put its parameters in.
+    """Read and check a notebook, and put its parameters in. `nb`: the version of a run, instead of the file.
 
     The snapshot has an id on every cell (its own, else one that is the same in each run), and no outputs.
     Raises NotebookError, StepUsageError, ParameterError.
     """
-    nb = _read(notebook)
+    nb = nb or _read(notebook)
     warnings: list[str] = []
     kernel = _kernel(nb, notebook, kernel_name, warnings)
     names = step_cells(nb, notebook)
@@ -198,12 +222,12 @@ def prepare(
     if values:
         _check_names(nb, notebook, values, warnings)
         _inject(nb, values)
-    runnable = [cell for cell in nb["cells"] if is_executed(cell)]
+    every = tuple(step_name(cell["source"]) or cell["id"] for cell in nb["cells"] if is_executed(cell))
     return Prepared(
         snapshot=json.dumps(nb, ensure_ascii=False, sort_keys=True, indent=1).encode(),
         kernel_name=kernel,
         parameters=values,
-        steps_total=len(names) if steps_mode == "marked" else len(runnable),
+        steps=tuple(names) if steps_mode == "marked" else every,
         warnings=tuple(warnings),
     )
 

@@ -41,7 +41,7 @@ def drive(home: Home, notebook: Path, output: Path) -> dict[str, Any]:
         detail = client.call(contract.GET_RUN, contract.ByRun(run_id=run.id))
         assert time.monotonic() < deadline, f"{detail.status}: {detail.reason}"
         if detail.status is RunStatus.FAILED and "given up" in detail.reason:
-            client.call(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+            client.call(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
         elif detail.status.is_final:
             break
         client.call(contract.READ_EVENTS, contract.ReadEvents(run_id=run.id, after=1 << 60, hold_s=0.2))

@@ -172,6 +172,27 @@ def _lease(client: Client, run: Run) -> Run:
     return client.call(contract.LEASE_RUN, contract.LeaseRun(run_id=run.id, driver=KERNEL))
 
 
+def _attach(client: Client, run: Run) -> Run:
+    return client.call(contract.LEASE_RUN, contract.LeaseRun(run_id=run.id, driver=KERNEL, attach=True))
+
+
+VERSION = contract.Version(notebook="/work/a.ipynb", snapshot="2" * 64)
+
+
+def _hand_over(client: Client, run: Run) -> Run:
+    taken = _take_over(client, run)
+    assert taken.kind is DriverKind.INTERACTIVE
+    question = contract.ResumeRun(run_id=run.id, version=VERSION, take_over=True)
+    return client.call(contract.RESUME_RUN, question)
+
+
+def _repair(client: Client, run: Run) -> Run:
+    question = contract.RepairRun(
+        run_id=run.id, by="ann", nonce="n", expected_epoch=run.epoch, version=VERSION
+    )
+    return client.call(contract.REPAIR_RUN, question)
+
+
 def _take_over(client: Client, run: Run) -> Run:
     return client.call(contract.LEASE_RUN, contract.LeaseRun(run_id=run.id, driver=KERNEL, take_over=True))
 
@@ -194,12 +215,22 @@ WAYS: dict[Happening, Callable[[Client, Run], Run]] = {
     Happening.LEAVE: lambda client, run: end(client, run, "leave"),
     Happening.REQUEST_CANCEL: lambda client, run: client.call(contract.CANCEL_RUN, by(run)),
     Happening.CANCEL: lambda client, run: client.call(contract.CANCEL_RUN, by(run)),
-    Happening.RESUME: lambda client, run: client.call(contract.RESUME_RUN, by(run)),
+    Happening.RESUME: lambda client, run: client.call(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id)),
     Happening.CLOSE: _close,
+    Happening.ATTACH: _attach,
+    Happening.HAND_OVER: _hand_over,
+    Happening.REPAIR: _repair,
 }
 DRIVERS_OWN = {"lease", "take over", "suspend", "complete", "fail", "release", "lose", "leave"}
 LEGAL = [key for key in MOVES if key[1] in WAYS and key != (RunStatus.RUNNING, Happening.CANCEL)]
-ASKED = [Happening.LEASE, Happening.CANCEL, Happening.RESUME, Happening.CLOSE]
+ASKED = [
+    Happening.LEASE,
+    Happening.CANCEL,
+    Happening.RESUME,
+    Happening.CLOSE,
+    Happening.ATTACH,
+    Happening.REPAIR,
+]
 ILLEGAL = [
     (status, happening)
     for status in RunStatus
@@ -207,7 +238,9 @@ ILLEGAL = [
     if (status, happening) not in MOVES
     and (status, happening)
     not in {(RunStatus.CANCELLED, Happening.CANCEL), (RunStatus.COMPLETED, Happening.CLOSE)}
-    and (status, happening) != (RunStatus.RUNNING, Happening.LEASE)  # LeaseHeld, or the same driver again
+    and (status, happening)
+    not in {(RunStatus.RUNNING, Happening.LEASE), (RunStatus.RUNNING, Happening.ATTACH)}
+    # LeaseHeld, or the same driver again
 ]
 
 
@@ -264,12 +297,16 @@ def test_an_interactive_run_without_a_snapshot_is_not_resumed_headless(client: C
     run = interactive(client)
     end(client, run, "leave")
     with pytest.raises(Conflict, match="no snapshot"):
-        client.call(contract.RESUME_RUN, by(run))
+        client.call(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
     run = interactive(client, snapshot="1" * 64)
     end(client, run, "leave")
-    resumed = client.call(contract.RESUME_RUN, by(run))
+    with pytest.raises(Conflict, match="as it is now"):
+        client.call(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
+    question = contract.ResumeRun(run_id=run.id, version=VERSION)
+    resumed = client.call(contract.RESUME_RUN, question)
     assert resumed.status is RunStatus.QUEUED
-    assert client.call(contract.RESUME_RUN, by(run)) == resumed  # asked again after a lost answer
+    assert (resumed.snapshot, resumed.earlier_snapshots) == ("2" * 64, ("1" * 64,))
+    assert client.call(contract.RESUME_RUN, question) == resumed  # asked again after a lost answer
     assert lease(client, run).driver == WORKER
 
 

@@ -22,11 +22,14 @@ def test_the_readme_shows_the_table() -> None:
 
 
 def test_what_has_ended_does_not_run_by_itself() -> None:
-    """From a final status only a person's resume leads on, and only into the queue."""
+    """From a final status only a person leads on: into the queue, or into a kernel; what is complete is repaired."""
     leading_on = {(s, h): m.to for (s, h), m in MOVES.items() if s.is_final}
-    assert set(leading_on.values()) == {RunStatus.QUEUED}
-    assert {h for _, h in leading_on} == {Happening.RESUME}
-    assert not [s for s, _ in leading_on if s is RunStatus.COMPLETED]
+    assert {h for (_, h), to in leading_on.items() if to is RunStatus.RUNNING} == {Happening.ATTACH}
+    assert {h for (_, h), to in leading_on.items() if to is RunStatus.QUEUED} == {
+        Happening.RESUME,
+        Happening.REPAIR,
+    }
+    assert [h for s, h in leading_on if s is RunStatus.COMPLETED] == [Happening.REPAIR]
 
 
 def test_leaving_running_drops_the_driver_and_entering_it_makes_an_epoch() -> None:

@@ -85,16 +85,25 @@ WHERE run_id = $run_id AND seq > $after
 ORDER BY seq LIMIT $limit
 
 -- name: checkpoints
+WITH own AS (
+    SELECT seq, occurred_at, step, kind, manifest, signature,
+        max(CASE WHEN kind = 'step_set_aside' THEN seq END) OVER (PARTITION BY step) AS aside
+    FROM events
+    WHERE run_id = $run_id
+        AND kind IN (
+            'step_completed', 'step_waiting', 'step_replay', 'step_shared', 'step_marked', 'step_set_aside'
+        )
+)
 SELECT
-    run_id, step, max_by(kind, seq)[6:], max(seq), epoch_us(max_by(occurred_at, seq)) / 1e6,
-    max_by(manifest, seq), max_by(signature, seq)
-FROM events
-WHERE run_id = $run_id AND kind IN ('step_completed', 'step_waiting', 'step_replay') AND seq <= $until
+    $run_id, step, CASE max_by(kind, seq) WHEN 'step_waiting' THEN 'waiting' WHEN 'step_replay' THEN 'replay' ELSE 'completed' END,
+    max(seq), epoch_us(max_by(occurred_at, seq)) / 1e6, max_by(manifest, seq), max_by(signature, seq)
+FROM own
+WHERE manifest IS NOT NULL AND seq <= $until AND seq > coalesce(aside, 0)
     AND seq NOT IN (
         SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events
         WHERE run_id = $run_id AND kind = 'checkpoints_removed'
     )
-GROUP BY run_id, step ORDER BY max(seq)
+GROUP BY step ORDER BY max(seq)
 
 -- name: checkpoint
 SELECT run_id, step, status, seq, epoch_us(committed_at) / 1e6, manifest, signature FROM checkpoints
@@ -107,7 +116,9 @@ WHERE run_id = $run_id AND step = $step
 -- name: all_checkpoints
 SELECT run_id, step, seq, manifest, kind = 'call_completed' FROM events
 WHERE ($run_id IS NULL OR run_id = $run_id)
-    AND kind IN ('step_completed', 'step_waiting', 'step_replay', 'call_completed')
+    AND kind IN (
+        'step_completed', 'step_waiting', 'step_replay', 'step_shared', 'step_marked', 'call_completed'
+    )
     AND seq NOT IN (
         SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events WHERE kind = 'checkpoints_removed'
     )

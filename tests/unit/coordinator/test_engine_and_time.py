@@ -145,7 +145,7 @@ def test_a_run_that_kills_its_workers_is_given_up(world: World) -> None:
             ended = await engine.answer(contract.END_LEASE, ending)
         assert ended.status is RunStatus.FAILED
         assert f"given up after {MAX_RECOVERIES} recoveries" in ended.reason
-        resumed = await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+        resumed = await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
         assert (resumed.status, resumed.recoveries, resumed.ended_at) == (RunStatus.QUEUED, 0, None)
 
     world.play(story)

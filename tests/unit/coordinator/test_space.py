@@ -153,7 +153,7 @@ def test_a_run_whose_checkpoints_were_removed_does_not_go_on_as_if_it_had_them(
 
     async def second(engine: Engine) -> None:
         with pytest.raises(NotRestorable, match="checkpoints of load were removed"):
-            await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=made[0].id))
+            await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=made[0].id))
         assert blobs.has(str(made[0].snapshot)), "the notebook is part of its history"
 
     world.play(first)
