@@ -7,7 +7,7 @@ modules and no running code.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from blake3 import blake3
@@ -71,3 +71,8 @@ def _statements(node: Any) -> Iterator[Any]:
                 yield child
             if isinstance(child, ast.AST):
                 yield from _statements(child)
+
+
+def parameters_source(values: Mapping[str, Any]) -> str:
+    """Return the cell that gives a run its parameters, as papermill writes it."""
+    return "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())

@@ -209,6 +209,7 @@ def run(
     delay: Annotated[str | None, typer.Option(metavar="T", help="Begin it so much later.")] = None,
     ttl: Annotated[
         str | None, typer.Option(metavar="T", help="Let it expire if no worker has begun it by then.")
+    ] = None,
     until: Annotated[
         str | None, typer.Option(metavar="STEP", help="Execute nothing behind this step.")
     ] = None,

@@ -35,6 +35,7 @@ class NotebookCell:
     source: str
     options: StepOptions | None
     problem: str = ""  # why its `%%step` line can't be used
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def parse_cells(cells: Sequence[Mapping[str, object]]) -> list[NotebookCell]:
                 options = parse_step_line(source.lstrip().splitlines()[0])
             except StepUsageError as error:
                 problem = error.message
-        found.append(NotebookCell(str(cell.get("id") or f"cell-{index}"), source, options, problem))
+        metadata = cell.get("metadata")
+        tags = metadata.get("tags", ()) if isinstance(metadata, dict) else ()
+        cell_id = str(cell.get("id") or f"cell-{index}")
+        found.append(NotebookCell(cell_id, source, options, problem, tuple(map(str, tags))))
     return found
 
 

@@ -13,6 +13,7 @@ from nbdurable import contract
 from nbdurable.checkpoint.compare import lines
 from nbdurable.errors import DurableError, LeaseHeld, UsageError
 from nbdurable.kernel import display, travel
+from nbdurable.kernel.attach import attach
 from nbdurable.kernel.foresight import foresee, read_cells
 from nbdurable.kernel.session import Session
 from nbdurable.kernel.step import FRESH
@@ -26,6 +27,8 @@ HELP = """\
 %durable rerun NAME     let the step run when its cell is executed next
 %durable new            end this run and begin a new one: nothing is kept from this one
 %durable takeover       drive the run from this kernel, though another one does
+%durable attach RUN     bring a failed, waiting, paused or cancelled run into this kernel, with its exact variables
+%durable release        give the run back: `nbdurable resume RUN` lets it go on headless
 %durable checkout RUN STEP [NAMES]   bring the variables as of a step of any run into this kernel
 %durable diff RUN [RUN]  what differs between two runs or steps (RUN:STEP); the second one: this run
 %durable runs           the notebook's runs
@@ -62,6 +65,8 @@ class DurableMagics(Magics):  # type: ignore[misc]
             "rerun": self._rerun,
             "new": self._new,
             "takeover": self._takeover,
+            "attach": self._attach,
+            "release": self._release,
             "checkout": self._checkout,
             "diff": self._diff,
             "runs": self._runs,
@@ -174,6 +179,20 @@ class DurableMagics(Magics):  # type: ignore[misc]
             return "this notebook has no open run"
         session.take_up(run, take_over=True)
         return f"this kernel now drives run {run.short}: {_steps(len(session.checkpoints))} kept"
+
+    def _attach(self, words: list[str]) -> str:
+        take_over = "--take-over" in words
+        named = [word for word in words if word != "--take-over"]
+        if len(named) != 1:
+            raise UsageError(
+                "`%durable attach` needs a run",
+                todo="`%durable attach RUN`; `nbdurable ls` lists the runs of the project",
+            )
+        return attach(self._session, self.shell, named[0], take_over=take_over)
+
+    def _release(self, _: list[str]) -> str:
+        run = self._session.release()
+        return f"run {run.short} is paused: save the notebook, then `nbdurable resume {run.short}` goes on headless"
 
     def _checkout(self, words: list[str]) -> str:
         if len(words) < 2:

@@ -6,6 +6,7 @@ Owns `Session`: run, epoch, client, checkpoints known, origins of variables, the
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
 import copy
@@ -17,25 +18,27 @@ from typing import Any
 
 from nbdurable import contract, security
 from nbdurable.checkpoint import recipes
-from nbdurable.checkpoint.analysis import CellNames
+from nbdurable.checkpoint.analysis import CellNames, analyse
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.checkpoint.fingerprint import reach
 from nbdurable.checkpoint.manifest import Manifest, unseal
 from nbdurable.checkpoint.modules import Modules
 from nbdurable.checkpoint.plan import Origins, digest
 from nbdurable.checkpoint.recipes import Recipe
+from nbdurable.checkpoint.sources import code_digest, parameters_source
 from nbdurable.checkpoint.track import Tracker
 from nbdurable.checkpoint.watched import Watcher
 from nbdurable.client import Client
-from nbdurable.errors import DurableError, Fenced, LeaseHeld, UsageError
+from nbdurable.errors import Conflict, DurableError, Fenced, LeaseHeld, UsageError
 from nbdurable.kernel import whereabouts
 from nbdurable.kernel.foresight import label_of, read_cells
-from nbdurable.models import Checkpoint, Driver, DriverKind, Run, StepStatus
+from nbdurable.models import Checkpoint, Driver, DriverKind, Run, RunDetail, StepStatus
 from nbdurable.processes import identity
 from nbdurable.settings import Home, Settings, find_home, find_project
 
 HEARTBEAT_S = 5.0
 _GOODBYE_S = 2.0
+_ATTACHED_AMONG = 20  # newest runs of a notebook looked at for the one that was worked on last
 _MOVED_AMONG = 50  # newest runs looked at for one whose notebook was renamed
 
 
@@ -51,7 +54,7 @@ class Session:
         self.values: dict[str, Any] = shell.user_ns
         run_id = os.environ.get("NBDURABLE_RUN_ID")
         self.headless = run_id is not None
-        self.every_cell = os.environ.get("NBDURABLE_STEPS") == "all"
+        self.every_cell = False  # whether each cell is a step (`--steps all`)
         self.notebook = whereabouts.notebook_path(self.values)
         self.project = find_project(self.notebook)
         self.home: Home = find_home(self.notebook).create()
@@ -102,11 +105,16 @@ class Session:
 
     def open_run(self) -> Run | None:
         """Return the notebook's newest run that a kernel can go on with."""
-        question = contract.ListRuns(notebook=str(self.notebook), kind=DriverKind.INTERACTIVE, limit=1)
+        question = contract.ListRuns(
+            notebook=str(self.notebook), kind=DriverKind.INTERACTIVE, limit=_ATTACHED_AMONG
+        )
         runs = self.client.call(contract.LIST_RUNS, question).runs
         if not runs and self.notebook.exists():
             return self._run_under_another_name()
-        return None if not runs or runs[0].status.is_final else runs[0]
+        if not runs or runs[0].status.is_final:
+            return None
+        # one that came into a kernel from the workers may be older than the notebook's own, and is what was worked on
+        return max((run for run in runs if not run.status.is_final), key=lambda run: run.updated_at)
 
     def _run_under_another_name(self) -> Run | None:
         """Return the open run of a notebook that is gone, if it had a cell of this one: it was renamed or moved."""
@@ -129,12 +137,63 @@ class Session:
         )
         try:
             self._drive(self.client.call(contract.LEASE_RUN, question))
+            self.give_parameters()
         except LeaseHeld as error:
             self.trouble = LeaseHeld(
                 error.message,
                 todo="`%durable takeover` drives it from here, `%durable new` starts another run",
             )
             raise self.trouble from None
+
+    def attach(self, run: Run, *, take_over: bool = False) -> None:
+        """Begin to drive a run whatever became of it, and leave the one that this kernel drives.
+
+        The run becomes one of this notebook where that has all its steps; else it stays with its own. Raises LeaseHeld
+        where somebody drives it, unless `take_over`, and IllegalMove for a completed one.
+        """
+        known = {step.name for step in self.detail(run.id).steps}
+        here = {cell.options.name if cell.options else cell.id for cell in read_cells(self.notebook)}
+        question = contract.LeaseRun(
+            run_id=run.id,
+            driver=self._driver(),
+            take_over=take_over,
+            notebook=str(self.notebook) if known and known <= here else None,
+            attach=True,
+        )
+        try:
+            leased = self.client.call(contract.LEASE_RUN, question)
+        except LeaseHeld as error:
+            raise LeaseHeld(
+                error.message,
+                todo=f"`%durable attach {run.short} --take-over` takes it over: what it executes now is not kept",
+            ) from None
+        if self.run is not None and self.run.id != run.id:
+            self._leave(f"its kernel went over to run {run.short}; open the notebook again and it goes on")
+        self._drive(leased)
+        self.cells.clear()
+
+    def release(self) -> Run:
+        """Give the run back: it is paused, and steps are refused here until another one is begun or attached."""
+        if self.headless or self.run is None or self.trouble is not None:
+            raise UsageError("this kernel drives no run", todo="`%durable runs` lists the notebook's runs")
+        run = self.run
+        self._leave(f"released by hand; `nbdurable resume {run.short}` lets it go on headless")
+        self.trouble = Conflict(
+            f"this kernel has released run {run.short}",
+            todo=f"`%durable attach {run.short}` takes it up again, `%durable new` begins another one",
+        )
+        return run
+
+    def detail(self, run_id: str) -> RunDetail:
+        """Return a run with its steps."""
+        return self.client.call(contract.GET_RUN, contract.ByRun(run_id=run_id))
+
+    def _leave(self, reason: str) -> None:
+        if self.run is None or self.trouble is not None:
+            return
+        question = contract.EndLease(run_id=self.run.id, epoch=self.epoch, how="leave", reason=reason)
+        with contextlib.suppress(Fenced):
+            self.client.call(contract.END_LEASE, question)
 
     def start_new(self) -> Run:
         """Create a run for this notebook and drive it; an open one that this kernel drives ends."""
@@ -174,6 +233,7 @@ class Session:
 
     def _drive(self, run: Run) -> None:
         self.run, self._epoch, self.trouble = run, run.epoch, None
+        self.every_cell = run.steps_mode == "all"
         self.visited.clear()
         self.to_rerun.clear()
         self.given.clear()
@@ -209,6 +269,20 @@ class Session:
         named = self.shell.compile.format_code_name(file)
         number = named[1].removeprefix("In[").removesuffix("]") if named else ""
         return f"cell {number}" if number.isdigit() else ""
+
+    def give_parameters(self, cell_id: str | None = None) -> None:
+        """Put the run's parameters in, as its headless executions do: below the cell tagged `parameters`, else first.
+
+        `cell_id`: the plain cell that has just ended; None: the run was taken up.
+        """
+        if self.headless or self.run is None or not self.run.parameters:
+            return
+        tagged = [cell.id for cell in read_cells(self.notebook) if "parameters" in cell.tags]
+        if (cell_id in tagged) if tagged else cell_id is None:
+            source = parameters_source(self.run.parameters)
+            tree = ast.parse(source)
+            exec(source, self.values)
+            self.note_plain_cell(analyse(tree, source), code_digest(ast.unparse(tree)), source)
 
     def give(self, step: str) -> None:
         """Put in what a person set by hand before a step (`--set`), once: then it is the person's at the kernel."""

@@ -80,6 +80,8 @@ class Steps:
         self.session = session
         self.shell = session.shell
         self._cells: list[Cell] = []
+        self.bringing = False  # a run's cells are executed to bring its state here: no step's body runs
+        self.stopped: tuple[str, Verdict, Manifest | None] | None = None  # the step at which that ended
 
     @property
     def cell(self) -> Cell | None:
@@ -142,6 +144,7 @@ class Steps:
         if execution is None:
             if cell.names is not None:
                 self.session.note_plain_cell(cell.names, cell.digest, cell.source)
+                self.session.give_parameters(cell.id or "")
                 try:  # in front of a person what it showed is taken back later, if need be
                     self.session.blobs.settle(wait=self.session.headless)
                 except DurableError as trouble:
@@ -172,6 +175,15 @@ class Steps:
         except Exception as bug:
             self._turn_into_error(result, bug)
             self._failed(execution, bug)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let the cells that are run meanwhile count as cells of their own, not as part of the one that runs them."""
+        outer, self._cells, self.bringing, self.stopped = self._cells, [], True, None
+        try:
+            yield
+        finally:
+            self._cells, self.bringing = outer, False
 
     # Called by rewritten cells ---------------------------------------------------------------------------------
 
@@ -298,6 +310,9 @@ class Steps:
             )
         fresh = verdict.action == "execute" and (options.force or options.name in session.to_rerun)
         retry_on = find_retry_on(options, session.values) if verdict.action != "restore" else None
+        if self.bringing and again is None and verdict.action != "restore":
+            self.stopped = (options.name, verdict, known)
+            return ast.Module([ast.Pass()], type_ignores=[])
         begun = session.client.call(
             contract.BEGIN_STEP,
             contract.BeginStep(

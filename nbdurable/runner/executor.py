@@ -131,7 +131,6 @@ class Executor:
             "NBDURABLE_HOME": str(self.home.root),
             "NBDURABLE_RUN_ID": run.id,
             "NBDURABLE_EPOCH": str(self.epoch),
-            "NBDURABLE_STEPS": run.steps_mode,
             "JPY_SESSION_NAME": run.notebook,
         }
         if not run.questions:  # else the project's setting counts

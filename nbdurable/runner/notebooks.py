@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbdurable.checkpoint.blobs import LocalBlobs
+from nbdurable.checkpoint.sources import parameters_source
 from nbdurable.client import Client
 from nbdurable.contract import CREATE_RUN, CreateRun
 from nbdurable.errors import (
@@ -492,7 +493,7 @@ def _inject(nb: Notebook, values: Mapping[str, Any]) -> None:
     Below the cell tagged `parameters`, in place of one that was put in before, or at the top.
     """
     cells: list[Cell] = nb["cells"]
-    source = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    source = parameters_source(values)
     code: Cell = {"cell_type": "code", "source": source, "outputs": [], "execution_count": None}
     injected = code | {"id": INJECTED, "metadata": {"tags": [INJECTED]}}
     for number, cell in enumerate(cells):
