@@ -19,7 +19,6 @@ from nbdurable import lifecycle
 from nbdurable.checkpoint.manifest import CodeFacts, Manifest, seal
 from nbdurable.checkpoint.watched import Watcher
 from nbdurable.cli.plans import manifests
-from nbdurable.cli.screen import clock
 from nbdurable.client import Client
 from nbdurable.contract import (
     FORK_RUN,
@@ -91,7 +90,13 @@ def fork(
     hand_set = _merged(source.hand_set, hand_sets(given, start, by))
     found = manifests(client, source, load_key(client.home))
     kept = {step: found[step] for step in before if step in found and found[step].resume_at is None}
-    plan = _plan(client, source, path, prepared, kept, hand_set, until)
+    asked = f"asked for (--from {start})"
+    plan = tuple(
+        replace(step, reason=asked)
+        if step.action == "run" and step.step in found and step.step not in kept
+        else step
+        for step in _plan(client, source, path, prepared, kept, hand_set, until)
+    )
     notes = [*prepared.warnings, *_lost(source, prepared, found), *_unread(prepared, given, start)]
 
     def carry_out() -> Run:
@@ -401,7 +406,8 @@ def _marks(
             created_at=at,
             duration_s=0.0,
             code=CodeFacts(source="", digest=""),
-            by_hand=f"marked done by {by} at {clock(at)}" + (f": {comment}" if comment else ""),
+            by_hand=f"marked done by {by}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}"
+            + (f": {comment}" if comment else ""),
         )
     return found
 

@@ -48,6 +48,8 @@ def replay_all(
             changes.append(replay(client, source, parameters))
             said = clip(", ".join(f"{n}={v!r}" for n, v in {**source.parameters, **parameters}.items()), 80)
         except DurableError as error:
+            if typed:  # nothing happens where one of those that were named can't be replayed
+                raise
             failed, said = failed + 1, (f"not replayed: {error.message}", "red")
         name = Path(source.notebook).name
         state = (source.status.value, STYLES[source.status])

@@ -148,5 +148,5 @@ def choices(run: RunDetail) -> Mapping[str, bool]:
     cancel = lifecycle.cancellation(run.status, run.kind)
     return {
         "cancel": (run.status, cancel) in lifecycle.MOVES and not run.cancel_requested,
-        "resume": run.kind == "headless" and (run.status, lifecycle.Happening.RESUME) in lifecycle.MOVES,
+        "resume": (run.status, lifecycle.Happening.RESUME) in lifecycle.MOVES,
     }

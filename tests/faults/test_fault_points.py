@@ -16,6 +16,7 @@ import pytest
 import nbdurable
 from nbdurable import contract
 from nbdurable.checkpoint.manifest import unseal
+from nbdurable.cli.past import fork
 from nbdurable.client import Client
 from nbdurable.models import RunStatus, WaitKind
 from nbdurable.runner.notebooks import create_headless
@@ -44,8 +45,11 @@ CELLS = [
 ]  # fmt: skip
 
 
-def drive(home: Home, folder: Path) -> dict[str, Any]:
-    """Run the notebook to its end, answering its approval, and return everything that must not depend on crashes."""
+def drive(home: Home, folder: Path, *, forked: bool = False) -> dict[str, Any]:
+    """Run the notebook to its end, answering its approval, and return everything that must not depend on crashes.
+
+    `forked`: the end is that of a fork, which shares all steps but the last.
+    """
     folder.mkdir()
     client = Client(home, timeout_s=60)
     notebook = notebooks.write(folder / "n.ipynb", CELLS)
@@ -68,6 +72,13 @@ def drive(home: Home, folder: Path) -> dict[str, Any]:
         "Publish?", "event paid", "sleep 2.1 s"
     ]  # fmt: skip
     assert [wait.title for wait in detail.waits if wait.answer is None] == ["sleep 1h"]
+    if forked:
+        output = folder / "forked.ipynb"
+        run = fork(client, run.id, start="end", output=output, by="test").carry_out()
+        while not (detail := client.call(contract.GET_RUN, contract.ByRun(run_id=run.id))).status.is_final:
+            assert time.monotonic() < deadline, f"{detail.status}: {detail.reason}"
+            client.call(contract.READ_EVENTS, contract.ReadEvents(run_id=run.id, after=1 << 60, hold_s=0.2))
+        assert sum(step.executions for step in detail.steps) == 1
     key = load_key(home)
     found = client.call(contract.CHECKPOINTS, contract.ByRun(run_id=run.id)).checkpoints
     manifests = {c.step: unseal(c.manifest, key, of=c.step) for c in found}
@@ -106,7 +117,7 @@ def test_a_crash_changes_nothing(
     fuse = tmp_path / "fuse"
     hit = 2 if point in ("store-committed", "store-before-commit", "blob-written") else 1
     monkeypatch.setenv("NBDURABLE_FAULT", f"{point}:{hit}:{fuse}")
-    found = drive(started_home(), tmp_path / "run")
+    found = drive(started_home(), tmp_path / "run", forked=point == "past-changed")
     assert fuse.exists(), f"nothing passed the fault point {point}"
     assert found == uninterrupted
 
