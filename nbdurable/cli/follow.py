@@ -274,6 +274,12 @@ def conclude(run: RunDetail, screen: Screen, command: Callable[[str], str]) -> i
             f"run {run.short} {plain_status(run.status)}; {_kept(run)}. Go on with this notebook as it was: ",
             (resume, "bold"),
         )
+        screen.say(
+            "with a cell that is fixed: ",
+            (command(f"repair {run.short} --notebook NB"), "bold"),
+            ", or in a notebook ",
+            (f"%durable attach {run.short}", "bold"),
+        )
     return EXIT_STATUS[run.status]
 
 

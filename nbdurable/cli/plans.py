@@ -54,7 +54,7 @@ def print_plan(target: str, screen: Screen) -> None:
             warn(("note: ", "yellow"), f"this run can't be resumed: {sentence}")
         newest = detail
         notebook = Path(newest.notebook)
-        if newest.snapshot is not None:
+        if newest.snapshot is not None and newest.kind is DriverKind.HEADLESS:
             from nbdurable.runner.notebooks import read_snapshot
 
             cells = list(read_snapshot(client.home, newest)["cells"])
@@ -117,7 +117,7 @@ def _newest(client: Client, notebook: Path) -> Run | None:
 
 def _cells_now(notebook: Path, run: Run | None) -> list[dict[str, object]]:
     """Return the cells of a notebook's file, with the parameters of a headless run put in as it had them."""
-    if run is None or run.kind is DriverKind.HEADLESS:
+    if run is None or run.kind is DriverKind.HEADLESS or run.parameters:
         from nbdurable.runner.notebooks import prepare
 
         found = prepare(

@@ -19,7 +19,7 @@ from nbdurable import lifecycle
 from nbdurable.checkpoint.restore import restore
 from nbdurable.errors import CheckpointError, NotRestorable, UsageError
 from nbdurable.kernel import display, extension
-from nbdurable.kernel.foresight import NotebookCell, parse_cells, read_cells
+from nbdurable.kernel.foresight import INJECTED, NotebookCell, parse_cells, read_cells
 from nbdurable.kernel.session import Session
 from nbdurable.models import RunDetail, RunStatus, StepStatus
 
@@ -54,6 +54,11 @@ def attach(session: Session, shell: Any, typed: str, *, take_over: bool = False)
         lines.append(f"its parameters are set: {given}")
     if session.run.notebook != str(session.notebook):
         lines.append(f"it stays a run of {session.run.notebook}: put what you change into that file, too")
+    if edited := _edited(session, run, cells):
+        lines.append(
+            f"{session.notebook.name} is another version than the run's by now ({display.few(edited)}): "
+            "`%durable plan` says what would run"
+        )
     lines.append(
         f"`nbdurable resume {run.short} --take-over` hands it back with the notebook as it is saved then"
     )
@@ -71,6 +76,18 @@ def _cells(session: Session, run: RunDetail) -> list[NotebookCell]:
             f"the notebook of run {run.short}, as it was when the run began, can't be read: {error.message}",
             todo=f"`nbdurable fork {run.short} --notebook {run.notebook}` begins anew with what is kept",
         ) from None
+
+
+def _edited(session: Session, run: RunDetail, cells: Sequence[NotebookCell]) -> list[str]:
+    """Name the cells that differ between the run's version and its file as it is now, where that is open here."""
+    if run.notebook != str(session.notebook) or run.snapshot is None:
+        return []
+    now = {cell.id: cell.source for cell in read_cells(session.notebook)}
+    return [
+        cell.options.name if cell.options else cell.id
+        for cell in cells
+        if INJECTED not in cell.tags and now.get(cell.id) != cell.source
+    ]
 
 
 def _bring(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -20,11 +21,14 @@ from nbdurable.checkpoint.modules import fact_of_file
 from nbdurable.checkpoint.plan import Origins, decide
 from nbdurable.checkpoint.reasons import Cause
 from nbdurable.checkpoint.sources import code_digest as digest_of
+from nbdurable.checkpoint.sources import parameters_source
 from nbdurable.checkpoint.watched import Watched, Watcher
 from nbdurable.errors import StepUsageError, UsageError
 from nbdurable.kernel.rewrite import rewrite_lines, take_marker, why_again
 from nbdurable.models import HandSet
 from nbdurable.stepline import StepOptions, is_step, parse_step_line
+
+INJECTED = "injected-parameters"  # papermill's tag of the cell that gives a run its parameters
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,15 @@ def parse_cells(cells: Sequence[Mapping[str, object]]) -> list[NotebookCell]:
         cell_id = str(cell.get("id") or f"cell-{index}")
         found.append(NotebookCell(cell_id, source, options, problem, tuple(map(str, tags))))
     return found
+
+
+def with_parameters(cells: Sequence[NotebookCell], values: Mapping[str, Any]) -> list[NotebookCell]:
+    """Return the cells with a run's parameters put in, as its headless executions have them."""
+    if not values:
+        return list(cells)
+    tagged = next((number for number, cell in enumerate(cells, 1) if "parameters" in cell.tags), 0)
+    given = NotebookCell(INJECTED, parameters_source(values), None, tags=(INJECTED,))
+    return [*cells[:tagged], given, *cells[tagged:]]
 
 
 def names_read(cells: Sequence[NotebookCell], start: str | None) -> set[str]:

@@ -14,7 +14,7 @@ from nbdurable.checkpoint.compare import lines
 from nbdurable.errors import DurableError, LeaseHeld, UsageError
 from nbdurable.kernel import display, travel
 from nbdurable.kernel.attach import attach
-from nbdurable.kernel.foresight import foresee, read_cells
+from nbdurable.kernel.foresight import foresee, read_cells, with_parameters
 from nbdurable.kernel.session import Session
 from nbdurable.kernel.step import FRESH
 from nbdurable.kernel.whereabouts import notebook_path
@@ -134,7 +134,14 @@ class DurableMagics(Magics):  # type: ignore[misc]
             return "\n".join(
                 f" {step}  kept {span(time.time() - m.created_at)} ago" for step, m in known.items()
             )
-        planned = foresee(cells, known, session.project, session.watcher, every_cell=session.every_cell)
+        planned = foresee(
+            with_parameters(cells, session.run.parameters if session.run else {}),
+            known,
+            session.project,
+            session.watcher,
+            every_cell=session.every_cell,
+            hand_set=session.run.hand_set if session.run else (),
+        )
         if not planned:
             return f"{session.notebook.name} has no step cells (as it was last saved)"
         width = max(len(item.step) for item in planned)

@@ -185,7 +185,9 @@ def test_a_run_comes_into_a_kernel_and_goes_back(
     kernel.run("%%step mine\nx = 1", "own")
     [mine] = client.call(contract.LIST_RUNS, contract.ListRuns(kind=DriverKind.INTERACTIVE)).runs
 
+    notebooks.write(path, FIXED, parameters="topic = 'a'")
     reply = kernel.run(f"%durable attach {run.short}")
+    assert "another version than the run's by now (analyse)" in reply.notes
     assert "kept: search" in reply.notes
     assert "stopped before analyse, which failed with ZeroDivisionError" in reply.notes
     assert kernel.value("(topic, [n.text for n in notes], alias is notes, k)") == "('b', ['b'], True, 1)"
@@ -193,8 +195,9 @@ def test_a_run_comes_into_a_kernel_and_goes_back(
     assert ended(client, mine, RunStatus.PAUSED).reason.startswith("its kernel went over to run")
     assert kernel.run(dict(CELLS)["search"], "search").notes.startswith("↺ search")
 
+    assert "search   restore" in kernel.run("%durable plan").notes
+
     kernel.restart()  # and it is taken up with its parameters
-    notebooks.write(path, FIXED, parameters="topic = 'a'")
     for cell_id, text in [("load", LOAD), ("parameters", "topic = 'a'"), *FIXED[1:4]]:
         assert kernel.run(text, cell_id).status == "ok"
     assert kernel.value("(topic, total)") == "('b', 1.0)"
