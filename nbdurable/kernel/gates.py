@@ -157,8 +157,8 @@ class Gate:
         self.session.shell.display_pub.publish(data, {}, transient={"display_id": self._cards[wait.id]})
 
     def _suspend_if_headless(self, waits: Sequence[Wait]) -> None:
-        """End the cell with a control signal where the run is headless."""
-        if not self.session.headless:
+        """End the cell with a control signal where the run is headless, or is only brought into this kernel."""
+        if not (self.session.headless or self.session.bringing):
             return
         said = [_waits_for(wait) for wait in waits if wait.status is WaitStatus.OPEN]
         between = " or " if self.first else ", and "

@@ -54,6 +54,9 @@ class Session:
         self.values: dict[str, Any] = shell.user_ns
         run_id = os.environ.get("NBDURABLE_RUN_ID")
         self.headless = run_id is not None
+        self.bringing = (
+            False  # a run's cells are executed to bring its state here: no step's body runs, nothing waits
+        )
         self.every_cell = False  # whether each cell is a step (`--steps all`)
         self.notebook = whereabouts.notebook_path(self.values)
         self.project = find_project(self.notebook)

@@ -12,7 +12,8 @@ import ast
 import sys
 import threading
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +81,6 @@ class Steps:
         self.session = session
         self.shell = session.shell
         self._cells: list[Cell] = []
-        self.bringing = False  # a run's cells are executed to bring its state here: no step's body runs
         self.stopped: tuple[str, Verdict, Manifest | None] | None = None  # the step at which that ended
 
     @property
@@ -179,11 +179,11 @@ class Steps:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Let the cells that are run meanwhile count as cells of their own, not as part of the one that runs them."""
-        outer, self._cells, self.bringing, self.stopped = self._cells, [], True, None
+        outer, self._cells, self.session.bringing, self.stopped = self._cells, [], True, None
         try:
             yield
         finally:
-            self._cells, self.bringing = outer, False
+            self._cells, self.session.bringing = outer, False
 
     # Called by rewritten cells ---------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ class Steps:
             )
         fresh = verdict.action == "execute" and (options.force or options.name in session.to_rerun)
         retry_on = find_retry_on(options, session.values) if verdict.action != "restore" else None
-        if self.bringing and again is None and verdict.action != "restore":
+        if session.bringing and again is None and verdict.action != "restore":
             self.stopped = (options.name, verdict, known)
             return ast.Module([ast.Pass()], type_ignores=[])
         begun = session.client.call(

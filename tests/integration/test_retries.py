@@ -289,7 +289,7 @@ def test_spent_tries_pause_a_headless_run_that_wants_it(home: Home, tmp_path: Pa
     assert "its attempts are spent" in paused.reason
     assert paused.error is not None
     assert paused.error.name == "ValueError"
-    client.call(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+    client.call(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
     done = ended(client, run.id, RunStatus.PAUSED)
     assert done.status is RunStatus.COMPLETED
     assert [one.status for one in done.steps[0].attempts] == ["failed", "failed", "failed", "completed"]

@@ -65,7 +65,7 @@ def test_a_delayed_run_begins_when_it_is_due_across_restarts(world: World) -> No
 def test_a_delayed_run_can_begin_now_or_never(world: World) -> None:
     async def story(engine: Engine) -> None:
         first, second = await create(engine, delay_s=60), await create(engine, delay_s=60)
-        resumed = await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=first.id))
+        resumed = await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=first.id))
         assert (resumed.status, resumed.begins_at) == (RunStatus.QUEUED, None)
         cancelled = await engine.answer(contract.CANCEL_RUN, contract.ByRun(run_id=second.id))
         assert cancelled.status is RunStatus.CANCELLED
@@ -91,7 +91,7 @@ def test_a_run_that_nobody_begins_in_time_expires(world: World) -> None:
         assert (expired.status, expired.ended_at) == (RunStatus.EXPIRED, world.clock.at)
         assert await nothing_to_do(engine)
         assert engine.is_idle
-        await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+        await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
         world.clock.at += 600
         await engine.tick()
         begun = await lease(engine, driver())
@@ -120,7 +120,7 @@ def test_a_run_that_fails_begins_again_after_growing_waits(world: World) -> None
         run = await lease(engine, driver())
         failed = await end(engine, run, "fail")
         assert (failed.status, failed.failures, failed.recoveries) == (RunStatus.FAILED, 2, 0)
-        resumed = await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+        resumed = await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
         assert resumed.failures == 0
 
     world.play(story)
@@ -218,7 +218,7 @@ def test_however_a_driver_ends_that_is_out_of_time_its_run_has_timed_out(world: 
         await engine.tick()
         ended = await end(engine, run, how)
         assert ended.status is RunStatus.TIMED_OUT
-        resumed = await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+        resumed = await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
         assert (resumed.status, resumed.active_s) == (RunStatus.QUEUED, 0.0)
 
     world.play(story)
