@@ -44,6 +44,7 @@ from nbdurable.models import (
 )
 from nbdurable.security import load_token
 from nbdurable.settings import Home
+from tests.tools.processes import until
 
 ME = processes.identity("kernel")
 KERNEL = Driver(kind=DriverKind.INTERACTIVE, process=ME, label="kernel A")
@@ -143,6 +144,13 @@ def commit(client: Client, run: Run, attempt: int, step: str = "s", **more: Any)
 
 def a_run(client: Client, status: RunStatus) -> Run:
     """Bring a new headless run to a status."""
+    if status is RunStatus.DELAYED:
+        return headless(client, delay_s=3600.0)
+    if status is RunStatus.EXPIRED:
+        run = headless(client, ttl_s=0.01)
+        return until(
+            lambda: found if (found := show(client, run)).status is status else None, what="it expires"
+        )
     run = headless(client)
     if status is RunStatus.QUEUED:
         return run
@@ -159,6 +167,8 @@ def a_run(client: Client, status: RunStatus) -> Run:
             return end(client, run, "fail", error=ErrorInfo(name="ValueError", message="no"))
         case RunStatus.CANCELLED:
             return end(client, run, "cancel")
+        case RunStatus.TIMED_OUT:
+            return end(client, run, "time_out")
     return run
 
 
