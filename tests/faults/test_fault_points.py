@@ -73,7 +73,7 @@ def drive(home: Home, folder: Path, *, forked: bool = False) -> dict[str, Any]:
     ]  # fmt: skip
     assert [wait.title for wait in detail.waits if wait.answer is None] == ["sleep 1h"]
     if forked:
-        output = folder / "forked.ipynb"
+        output, deadline = folder / "forked.ipynb", time.monotonic() + DEADLINE_S
         run = fork(client, run.id, start="end", output=output, by="test").carry_out()
         while not (detail := client.call(contract.GET_RUN, contract.ByRun(run_id=run.id))).status.is_final:
             assert time.monotonic() < deadline, f"{detail.status}: {detail.reason}"
