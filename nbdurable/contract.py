@@ -426,11 +426,12 @@ class CallsCommitted(Shape):
 
 
 class ReadCalls(Shape):
-    """Ask for the recorded calls of a run, or of one of its steps, in order of commitment."""
+    """Ask for the newest recorded calls of a run, or of one of its steps, in order of commitment."""
 
     run_id: str
     step: str | None = None
     results: bool = False  # with the manifests
+    limit: int = 1_000_000
 
 
 class RecordedCall(Shape):

@@ -284,11 +284,29 @@ class Run(Shape):
         return self.id[-8:]
 
 
+class Call(Shape):
+    """A recorded call inside a step, as people see it; its result is in blobs."""
+
+    step: str
+    key: str  # names the call within its step
+    name: str  # of the function
+    given: str = ""  # the key that the user gave, or the arguments, as text, bounded
+    type: str = ""  # of the result
+    bytes: int = 0
+    duration_s: float
+    attempt: int  # at the step, in which it ran
+    replayed: bool = False  # the newest attempt took its result, and did not run it
+    reason: str = ""  # why it ran, though an earlier attempt had recorded it
+    at: float
+    seq: int
+
+
 class RunDetail(Run):
     """A run with its steps and waits: the shape of `show RUN --json`."""
 
     steps: tuple[Step, ...] = ()
     waits: tuple[Wait, ...] = ()
+    calls: tuple[Call, ...] = ()  # recorded ones, where they were asked for
 
 
 class Event(Shape):
@@ -309,23 +327,6 @@ class SignedManifest(Shape):
 
     text: str
     signature: str
-
-
-class Call(Shape):
-    """A recorded call inside a step, as people see it; its result is in blobs."""
-
-    step: str
-    key: str  # names the call within its step
-    name: str  # of the function
-    given: str = ""  # the key that the user gave, or the arguments, as text, bounded
-    type: str = ""  # of the result
-    bytes: int = 0
-    duration_s: float
-    attempt: int  # at the step, in which it ran
-    replayed: bool = False  # the newest attempt took its result, and did not run it
-    reason: str = ""  # why it ran, though an earlier attempt had recorded it
-    at: float
-    seq: int
 
 
 class Checkpoint(Shape):

@@ -28,6 +28,7 @@ from nbdurable.contract import (
     HOLD_S,
     LIST_RUNS,
     LIST_WAITS,
+    READ_CALLS,
     READ_EVENTS,
     READ_LOG,
     SQL,
@@ -37,6 +38,7 @@ from nbdurable.contract import (
     ListRuns,
     ListWaits,
     Query,
+    ReadCalls,
     ReadEvents,
     ReadLog,
     ReadWait,
@@ -309,11 +311,13 @@ def list_runs(
 
 @app.command(epilog="Example: nbdurable show 4fb29c1e")
 def show(run: RunId, as_json: Json = False) -> None:
-    """Show a run: steps, reasons, attempts, variables, waits, errors."""
+    """Show a run: steps, reasons, attempts, recorded calls, variables, waits, errors."""
     from nbdurable.cli.tables import print_run
 
     client = connect(look=True)
     detail = with_output(client.home, client.call(GET_RUN, ByRun(run_id=run)))
+    calls = client.call(READ_CALLS, ReadCalls(run_id=detail.id)).calls
+    detail = detail.model_copy(update={"calls": tuple(recorded.call for recorded in calls)})
     screen = Screen(json=as_json)
     if as_json:
         screen.data(detail)

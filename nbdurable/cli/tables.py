@@ -14,9 +14,11 @@ from nbdurable.cli.project import approval_page, hint, near
 from nbdurable.cli.screen import LEVELS, STYLES, Screen, clip, clock
 from nbdurable.client import Client
 from nbdurable.contract import HOLD_S, READ_EVENTS, ReadEvents
-from nbdurable.models import Progress, Run, RunDetail, RunStatus, Variable, Wait, WaitKind, WaitStatus
+from nbdurable.models import Call, Progress, Run, RunDetail, RunStatus, Variable, Wait, WaitKind, WaitStatus
 from nbdurable.policies import size, span
 from nbdurable.settings import Home
+
+_CALLS = 50  # newest ones that people see
 
 
 def cell(value: Any) -> str:
@@ -115,6 +117,14 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
         screen.table(("STEP", "STATUS", "RAN", "RESTORED", "TOOK", "REASON"), rows)
     if removed := {step.removed for step in run.steps if step.removed}:
         screen.say(("note: ", "yellow"), "; ".join(sorted(removed)))
+    if run.calls:
+        screen.say()
+        screen.table(
+            ("STEP", "CALL", "GIVEN", "RESULT", "TOOK", "ATTEMPT", "REASON"),
+            [_call(found) for found in run.calls[-_CALLS:]],
+        )
+        if (more := len(run.calls) - _CALLS) > 0:
+            screen.say((f"and {more} earlier calls; --json lists them all", "dim"))
     variables = [(step.name, found) for step in run.steps for found in step.variables]
     if variables:
         screen.say()
@@ -172,6 +182,20 @@ def print_history(client: Client, run: str, *, follow: bool, as_json: bool) -> N
             after = answer.events[-1].seq
         elif answer.run.status.is_final or not follow:
             return
+
+
+def _call(found: Call) -> tuple[str, ...]:
+    attempt = f"{found.attempt}, kept since" if found.replayed else str(found.attempt)
+    result = f"{found.type} {size(found.bytes)}"
+    return (
+        found.step,
+        found.name,
+        found.given,
+        result,
+        span(found.duration_s),
+        attempt,
+        clip(found.reason, 80),
+    )
 
 
 def _kind(found: Variable) -> str:

@@ -53,13 +53,13 @@ class Calls:
         live = self._core.runs.get(run.id)
         fold = live.fold if live is not None and live.fold is not None else await self._core.read_fold(run.id)
         found = []
-        for stored in await self._core.read(self._core.store.calls, run.id):
+        asked = wanted.model_copy(update={"run_id": run.id})
+        for stored in await self._core.read(self._core.store.calls, asked):
             step = stored.event.step or ""
             state = fold.get(step)
-            if wanted.step in (None, step) and state is not None and stored.event.seq > state.fresh_since:
+            if state is not None and stored.event.seq > state.fresh_since:
                 call = _call(stored, replayed=stored.event.seq in state.replayed)
-                manifest = stored.manifest if wanted.results else None
-                found.append(contract.RecordedCall(call=call, manifest=manifest))
+                found.append(contract.RecordedCall(call=call, manifest=stored.manifest))
         return contract.Calls(calls=tuple(found))
 
 

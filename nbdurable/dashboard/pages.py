@@ -26,12 +26,13 @@ from nbdurable.contract import AnswerWait, ByRun, ListRuns, ListWaits, ReadEvent
 from nbdurable.dashboard import forms, view
 from nbdurable.dashboard.guard import nonce
 from nbdurable.errors import CoordinatorError, DurableError
-from nbdurable.models import Event, RunDetail, RunStatus, Wait, WaitKind, WaitStatus
+from nbdurable.models import Call, Event, RunDetail, RunStatus, Wait, WaitKind, WaitStatus
 
 LOOK_MS = 700
 MAX_RUNS = 100
 MAX_APPROVALS = 50
 MAX_EVENTS = 300
+MAX_CALLS = 200  # newest ones that a run's page lists
 _EVENTS_AT_ONCE = 1000
 
 _log = logging.getLogger(__name__)
@@ -293,17 +294,21 @@ class RunPage(Page):
         self._seq = 0
         self._count = 0
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._calls: list[Call] = []
 
     def draw(self) -> tuple[str, dict[str, Any]]:
         news = self._read_events()
         if news or self._run is None:
             self._run = self.client.call(contract.GET_RUN, ByRun(run_id=self._run_id))
+            wanted = contract.ReadCalls(run_id=self._run_id, limit=MAX_CALLS)
+            self._calls = [one.call for one in self.client.call(contract.READ_CALLS, wanted).calls]
         run = self._run
         return "run.html", {
             "run": run,
             "progress": view.progress(run.steps, run.steps_total),
             "choices": view.choices(run),
             "error": view.own_error(run),
+            "calls": self._calls,
             "open_waits": [wait for wait in run.waits if wait.status is WaitStatus.OPEN],
             "events": list(self._events),
             "earlier": self._count - len(self._events),

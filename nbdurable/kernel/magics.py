@@ -35,6 +35,8 @@ HELP = """\
 %durable help           this
 
 %%step NAME [options]   a cell that runs once; `%%step?` tells the options, `--replay` among them
+@durable.step           records the calls of a function inside a step: a call that has returned is not made again
+durable.map(fn, items)  calls it for each item, several at a time; finished items stay finished
 durable.recipe("client", make_client)   makes what can't be saved, and makes it again where the step is restored"""
 
 _MARKS = {

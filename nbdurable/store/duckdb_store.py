@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import duckdb
 from pydantic_core import from_json, to_json
 
-from nbdurable.contract import ListRuns, ListWaits, Query, Table
+from nbdurable.contract import ListRuns, ListWaits, Query, ReadCalls, Table
 from nbdurable.errors import StoreError, UsageError
 from nbdurable.models import Checkpoint, Event, Run, RunStatus, SignedManifest, StepStatus, Wait, WaitStatus
 from nbdurable.settings import Home
@@ -328,10 +328,9 @@ class DuckDBStore:
         rows = self._rows("events", {"run_id": run_id, "after": after, "limit": limit})
         return [_event(row) for row in rows]
 
-    def calls(self, run_id: str) -> list[StoredCall]:
-        """Return the recorded calls of a run, in order of commitment, without removed ones."""
-        rows = self._rows("calls", {"run_id": run_id})
-        return [StoredCall(_event(row[:-2]), SignedManifest(text=row[-2], signature=row[-1])) for row in rows]
+    def calls(self, wanted: ReadCalls) -> list[StoredCall]:
+        """Return the newest recorded calls of a run or a step, in order of commitment, without removed ones."""
+        return [_call(row) for row in reversed(self._rows("calls", wanted.model_dump()))]
 
     def checkpoints(self, run_id: str, until: int | None = None) -> list[Checkpoint]:
         """Return the latest checkpoint of each step of a run, in order of commitment, without removed ones.
@@ -530,6 +529,12 @@ def _columns(rows: Iterable[_Row]) -> list[list[Any]]:
 def _event(row: _Row) -> Event:
     names = ("seq", "at", "run_id", "epoch", "kind", "step", "sentence")
     return Event(**dict(zip(names, row[:-1], strict=True)), data=from_json(row[-1]))
+
+
+def _call(row: _Row) -> StoredCall:
+    *facts, text, signature = row
+    manifest = None if text is None else SignedManifest(text=text, signature=signature)
+    return StoredCall(_event(facts), manifest)
 
 
 def _checkpoint(row: _Row) -> Checkpoint:

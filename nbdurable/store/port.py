@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from nbdurable.contract import ListRuns, ListWaits, Query, Table
+from nbdurable.contract import ListRuns, ListWaits, Query, ReadCalls, Table
 from nbdurable.models import Checkpoint, Event, Run, SignedManifest, Wait
 
 
@@ -53,10 +53,10 @@ class StoredCheckpoint:
 
 @dataclass(frozen=True)
 class StoredCall:
-    """The event that committed a call, with its manifest."""
+    """The event that committed a call, with its manifest where it was asked for."""
 
     event: Event
-    manifest: SignedManifest
+    manifest: SignedManifest | None
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class Store(Protocol):
     def all_checkpoints(self, run_id: str | None = None) -> Iterator[StoredCheckpoint]:
         """Yield checkpoints and calls, of one run or all, that no `checkpoints_removed` event names; in any order."""
 
-    def calls(self, run_id: str) -> list[StoredCall]:
-        """Return the recorded calls of a run, in order of commitment, without removed ones."""
+    def calls(self, wanted: ReadCalls) -> list[StoredCall]:
+        """Return the newest recorded calls of a run or a step, in order of commitment, without removed ones."""
 
     def wait(self, wait_id: str) -> Wait | None: ...
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdurable.contract import ListRuns, ListWaits, Query
+from nbdurable.contract import ListRuns, ListWaits, Query, ReadCalls
 from nbdurable.errors import DurableError, StoreError, UsageError
 from nbdurable.models import (
     Driver,
@@ -513,3 +515,26 @@ def test_a_state_is_read_up_to_a_number_and_without_what_was_removed(reopen: Ope
         assert [c.text for c in store.all_checkpoints(run_id(1))] == ["a2"]
         assert len(list(store.all_checkpoints())) == 2
         assert len(store.events(run_id(1))) == 4
+
+
+def test_calls_are_read_newest_first_cut_and_without_what_was_removed(reopen: Opener) -> None:
+    """Calls carry manifests as checkpoints do, and are counted with them; a step's state is not made of them."""
+    store = reopen()
+    calls = [replace(commit(step, text=text), kind="call_completed") for step, text in
+             (("a", "a1"), ("b", "b1"), ("a", "a2"))]  # fmt: skip
+    seqs = put(store, *calls, commit("a", text="checkpoint"))
+    assert [one.manifest.text for one in store.checkpoints(run_id(1))] == ["checkpoint"]
+    assert {one.text: one.is_call for one in store.all_checkpoints()} == {
+        **dict.fromkeys(("a1", "a2", "b1"), True),
+        "checkpoint": False,
+    }
+    put(store, event(1, kind="checkpoints_removed", data={"seqs": [seqs[0]], "reason": "r"}))
+
+    def texts(**wanted: Any) -> list[str | None]:
+        found = store.calls(ReadCalls(run_id=run_id(1), **wanted))
+        return [one.manifest.text if one.manifest else None for one in found]
+
+    assert texts(results=True) == ["b1", "a2"]
+    assert texts(results=True, step="a") == ["a2"]
+    assert texts(results=True, limit=1) == ["a2"]
+    assert texts() == [None, None]

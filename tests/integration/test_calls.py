@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +59,14 @@ def calls(kernel: Kernel) -> list[contract.RecordedCall]:
     return list(client.call(contract.READ_CALLS, contract.ReadCalls(run_id=run.id)).calls)
 
 
+def shows(kernel: Kernel, *more: str) -> str:
+    """Return what `nbdurable show` prints of the newest run."""
+    with Client(Home(Path(kernel.env["NBDURABLE_HOME"]))) as client:
+        run = client.call(contract.LIST_RUNS, contract.ListRuns(limit=1)).runs[0]
+    command = [sys.executable, "-m", "nbdurable", "show", run.id, *more]
+    return subprocess.run(command, env=kernel.env, capture_output=True, text=True, check=True).stdout
+
+
 TOOLS = """\
 @durable.step
 def model(prompt):
@@ -89,6 +100,10 @@ def test_if_the_third_tool_fails_neither_the_model_nor_the_first_two_are_called_
     assert ran(kernel) == ["c"]
     assert kernel.value("results") == "['aa', 'bb', 'cc']"
     assert "4 calls: 3 kept, 1 ran" in reply.notes
+    shown = shows(kernel)
+    assert re.search(r"agent +tool +'b' +str \d+ B +0.0 s +1, kept since", shown), shown
+    assert json.loads(shows(kernel, "--json"))["calls"][3]["attempt"] == 3
+    assert json.loads(shows(kernel, "--json"))["steps"][0]["calls"] == 4
     found = calls(kernel)
     assert [(c.call.name, c.call.given, c.call.attempt, c.call.replayed) for c in found] == [
         ("model", "'go'", 1, True),

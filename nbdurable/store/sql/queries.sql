@@ -124,13 +124,16 @@ WHERE ($run_id IS NULL OR run_id = $run_id)
     )
 
 -- name: calls
-SELECT seq, epoch_us(occurred_at) / 1e6, run_id, epoch, kind, step, sentence, data, manifest, signature FROM events
-WHERE run_id = $run_id AND kind = 'call_completed'
+SELECT
+    seq, epoch_us(occurred_at) / 1e6, run_id, epoch, kind, step, sentence, data,
+    CASE WHEN $results THEN manifest END, signature
+FROM events
+WHERE run_id = $run_id AND kind = 'call_completed' AND ($step IS NULL OR step = $step)
     AND seq NOT IN (
         SELECT unnest(from_json(data -> 'seqs', '["BIGINT"]')) FROM events
         WHERE run_id = $run_id AND kind = 'checkpoints_removed'
     )
-ORDER BY seq
+ORDER BY seq DESC LIMIT $limit
 
 -- name: wait
 SELECT body FROM waits WHERE id = $1
