@@ -459,7 +459,7 @@ def _check_answer(wait: Wait, wanted: contract.AnswerWait) -> None:
             f"this is no answer to {wait.title!r}{shown}",
             todo=f'nothing was answered; `nbdurable answer {wait.id} "TEXT"` takes text'
             if wait.kind is WaitKind.QUESTION
-            else f"nothing was answered; `nbdurable approve {wait.id} --value JSON` takes what fits its form",
+            else f"nothing was answered; `nbdurable approve {wait.id} --value JSON` takes what fits",
         )
 
 

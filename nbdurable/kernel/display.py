@@ -104,6 +104,8 @@ def _page(home: Home, wait: Wait) -> str | None:
 def decided(wait: Wait) -> str:
     """Say who decided what, and when."""
     answer = wait.answer
+    if answer is not None and answer.timed_out:
+        return f"not answered until {clock(wait.deadline_at or answer.at)}"
     if answer is None:
         return "cancelled" if wait.status is WaitStatus.CANCELLED else "open"
     word = ("approved with edits" if answer.edited else "approved") if answer.approved else "rejected"
@@ -111,11 +113,28 @@ def decided(wait: Wait) -> str:
     return f"{word} by {answer.by}, {clock(answer.at)}{comment}"
 
 
+def _terms(wait: Wait) -> str:
+    """Say who is asked, and until when."""
+    terms = [f"asks {', '.join(wait.reviewers)}"] if wait.reviewers else []
+    if wait.deadline_at is not None:
+        default = wait.default
+        then = (
+            ""
+            if default is None
+            else ", then it is approved"
+            if default.approved
+            else ", then it is rejected"
+        )
+        terms.append(f"until {clock(wait.deadline_at)}{then}")
+    return " · ".join(terms)
+
+
 def card(wait: Wait, home: Home) -> dict[str, Any]:
     """Return an approval as a display: our MIME type (no secrets), HTML that means something when saved, and text."""
     is_open = wait.status is WaitStatus.OPEN
     page = _page(home, wait) if is_open else None
-    commands = [f"nbdurable {word} {wait.id}" for word in ("approve", "reject")]
+    needs_value = " --value JSON" if wait.form is not None and wait.value is None else ""
+    commands = [f"nbdurable approve {wait.id}{needs_value}", f"nbdurable reject {wait.id}"]
     value = wait.preview
     approved = wait.answer is not None and wait.answer.approved
     mark, colour = ("⏸", "#c98a00") if is_open else ("✓", "#2e7d32") if approved else ("✗", "#b3261e")
@@ -124,6 +143,9 @@ def card(wait: Wait, home: Home) -> dict[str, Any]:
     text.append(f"  {'   ·   '.join(commands)}" if is_open else f"  {decided(wait)}")
     if page:
         text.append(f"  or {page}")
+    terms = _terms(wait) if is_open else ""
+    if terms:
+        text.append(f"  {terms}")
     state = (
         " · ".join(f"<code>{escape(command)}</code>" for command in commands)
         + (f'<br>or <a href="{escape(page)}">open its page</a>' if page else "")
@@ -135,7 +157,7 @@ def card(wait: Wait, home: Home) -> dict[str, Any]:
         'padding: 8px 12px; max-width: 60em">'
         f"<div><strong>{escape(wait.title)}</strong></div>"
         f'<pre style="white-space: pre-wrap; max-height: 24em; overflow: auto; margin: 8px 0">{escape(value)}</pre>'
-        f"<div>{state}</div></div>"
+        f"<div>{state}</div>{f'<div>{escape(terms)}</div>' if terms else ''}</div>"
     )
     public = {"wait": wait.id, "run": wait.run_id, "title": wait.title, "status": wait.status.value}
     if wait.answer is not None:

@@ -223,7 +223,7 @@ def test_a_form_is_filled_in_and_refused_until_it_fits(project: Project, tab: Ta
     page.get_by_label("Words").fill("0")
     page.get_by_label("Send").check()
     page.get_by_label("Tone").select_option("warm")
-    page.get_by_label("To").fill('["bob"]')
+    page.locator("[data-field=to]").fill('["bob"]')
     page.get_by_label("Answer as").select_option("bob")
     page.get_by_role("button", name="Approve").click()
     expect(page.locator("#notice")).to_contain_text("words: 0 is less than the minimum of 1")

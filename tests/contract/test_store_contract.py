@@ -33,7 +33,7 @@ from nbdurable.models import (
 )
 from nbdurable.settings import Home
 from nbdurable.store.duckdb_store import DuckDBStore
-from nbdurable.store.port import Changes, Store
+from nbdurable.store.port import Changes, NewEvent, Store
 from tests.tools.changes import commit, event, run, run_id, wait
 
 Opener = Callable[[], Store]
@@ -438,6 +438,33 @@ def test_waits_are_listed_oldest_first_by_run_status_and_kind(store: Store) -> N
     assert store.waits(ListWaits(run_id=run_id(1))) == [timer, newest]
     assert store.waits(ListWaits(kind=WaitKind.TIMER)) == [timer]
     assert store.wait("C00000") == answered
+
+
+def test_sent_events_and_who_took_them_are_read_from_a_time_on(reopen: Opener) -> None:
+    """Guarantee 3: events that were sent stand in no run's history, and are there after a reopening."""
+    store = reopen()
+
+    def sent(at: float, key: str | None) -> NewEvent:
+        data = {"event": "paid", "payload": {"n": at}, "key": key, "digest": "d", "expires_at": at + 0.5}
+        return NewEvent(at, "", 0, "event_sent", "sent", data=data)
+
+    seqs = put(store, sent(10, "k"), event(), sent(20, None), sent(30.25, "l"))
+    waits = [
+        wait(f"{n}00000", run_id=run_id(n), kind=WaitKind.EVENT, event="paid", status=WaitStatus.ANSWERED,
+             answer=WaitAnswer(approved=True, by="event", at=10.0 * n, event_seq=seq))
+        for n, seq in ((1, seqs[0]), (2, seqs[2]), (3, None))
+    ]  # fmt: skip
+    put(store, waits=[*waits, wait("E00000", kind=WaitKind.EVENT, event="paid")])
+    store = reopen()
+    found = store.sent_events(20)
+    assert [(one.seq, one.at, one.event, one.key, one.digest, one.expires_at) for one in found] == [
+        (seqs[2], 20.0, "paid", None, "d", 20.5),
+        (seqs[3], 30.25, "paid", "l", "d", 30.75),
+    ]
+    assert sorted(store.taken_events(0)) == [(seqs[0], run_id(1)), (seqs[2], run_id(2))]
+    assert store.taken_events(15) == [(seqs[2], run_id(2))]
+    assert store.events("", seqs[2] - 1, 1)[0].data["payload"] == {"n": 20}
+    assert len(store.events(run_id(1))) == 1
 
 
 # Questions ------------------------------------------------------------------------------------------------
