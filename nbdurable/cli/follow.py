@@ -167,9 +167,10 @@ def heading(run: Run) -> Line:
 
 
 def needs_person(run: RunDetail) -> bool:
-    """Tell whether a run waits for a person; one that only sleeps goes on by itself."""
+    """Tell whether a run waits for a person, or for what somebody sends; one that only sleeps goes on by itself."""
     return run.status is RunStatus.WAITING and any(
-        wait.kind.is_for_people and wait.status is WaitStatus.OPEN for wait in run.waits
+        (wait.kind.is_for_people or wait.kind is WaitKind.EVENT) and wait.status is WaitStatus.OPEN
+        for wait in run.waits
     )
 
 

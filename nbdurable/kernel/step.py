@@ -32,7 +32,14 @@ from nbdurable.checkpoint.plan import Verdict, decide, digest
 from nbdurable.checkpoint.restore import restore
 from nbdurable.checkpoint.sources import code_digest
 from nbdurable.checkpoint.watched import missing
-from nbdurable.errors import DurableError, NotRestorable, RestSkipped, StepUsageError, Suspended
+from nbdurable.errors import (
+    ControlSignal,
+    DurableError,
+    NotRestorable,
+    RestSkipped,
+    StepUsageError,
+    Suspended,
+)
 from nbdurable.kernel import display
 from nbdurable.kernel.attempts import Attempts, find_retry_on, next_try
 from nbdurable.kernel.execution import Execution, note_origins
@@ -156,8 +163,10 @@ class Steps:
         error = None if result is None else result.error_before_exec or result.error_in_exec
         if result is None:
             error = KeyboardInterrupt("interrupted")
-        if error is None and execution.signal is not None:
-            error = execution.signal  # a bare `except:` in the cell has swallowed it
+        if execution.signal is not None and (error is None or _wraps_signal(error)):
+            error = (
+                execution.signal
+            )  # a bare `except:` in the cell has swallowed it, or a task group wrapped it
             self._turn_into_error(result, error)
         if error is not None and not isinstance(error, RestSkipped):
             self._failed(execution, error)
@@ -537,6 +546,11 @@ class Steps:
         if result is not None:
             result.error_in_exec = error
         self.shell.showtraceback((type(error), error, error.__traceback__))
+
+
+def _wraps_signal(error: BaseException) -> bool:
+    """Tell whether an exception is what a task group made of a control signal."""
+    return isinstance(error, BaseExceptionGroup) and error.subgroup(ControlSignal) is not None
 
 
 def _because(verdict: Verdict) -> str:

@@ -25,12 +25,16 @@ AGENT = [
               "class Edit(pydantic.BaseModel):\n    title: str\n    words: int = pydantic.Field(ge=1)\n"
               "    @pydantic.field_validator('title')\n    @classmethod\n    def loud(cls, title):\n"
               "        if title.isupper():\n            raise ValueError('do not shout')\n        return title\n"
+              "async def grouped():\n    async with asyncio.TaskGroup() as group:\n"
+              "        task = group.create_task(durable.approve_async('x', title='Group?'))\n"
+              "    return task.result().by\n"
               "def journal(what):\n    with open('journal', 'a') as file:\n        file.write(what + ' ')"),
     ("secret", "password = getpass.getpass('Token: ')"),
     ("ask", "%%step ask\njournal('ask')\nname = input('Your name? ')"),
     ("both", "%%step both\njournal('both')\ntexts = ['a', 'b']\n"
              "found = await asyncio.gather(*(durable.approve_async(t, title=f'Text {t}?') for t in texts))\n"
              "answers = [(d.approved, d.by) for d in found]"),
+    ("group", "%%step group\njournal('group')\nby = await grouped()"),
     ("race", "%%step race\njournal('race')\n"
              "first = durable.first_of(decision=durable.approval('x', title='Race?'), paid=durable.event('paid'))\n"
              "first = (first.name, first.result)"),
@@ -38,7 +42,7 @@ AGENT = [
              "edit = durable.approve({'title': 'Draft'}, title='Form?', form=Edit).value"),
     ("late", "%%step late\njournal('late')\ntry:\n    durable.wait_for('never', timeout='500ms')\n"
              "except durable.WaitTimeout as error:\n    late = str(error).splitlines()[0]"),
-    ("end", "%%step end\ndurable.result(name=name, password=len(password), answers=answers, first=first,\n"
+    ("end", "%%step end\ndurable.result(name=name, password=len(password), answers=answers, by=by, first=first,\n"
             "    edit=[type(edit).__name__, edit.title, edit.words], late=late.split(' until')[0])"),
 ]  # fmt: skip
 
@@ -87,6 +91,8 @@ def test_a_headless_notebook_waits_for_everything(
     assert show(client, run.id).status is RunStatus.WAITING
     answer(client, both["Text b?"], approved=False)
 
+    answer(client, waiting(client, run.id, "Group?")["Group?"], by="bob")
+
     waiting(client, run.id, "Race?", "event paid")
     client.send("paid", {"sum": 3})
 
@@ -107,12 +113,21 @@ def test_a_headless_notebook_waits_for_everything(
         "name": "Ann",
         "password": 12,
         "answers": [[True, "ann"], [False, "ann"]],
+        "by": "bob",
         "first": ["paid", {"sum": 3}],
         "edit": ["Edit", "Quiet", 2],
         "late": "nobody answered `event never`",
     }
-    assert (tmp_path / "journal").read_text().split() == ["ask", "both", "race", "form", "late"]
+    assert (tmp_path / "journal").read_text().split() == ["ask", "both", "group", "race", "form", "late"]
     assert "Your name? Ann" in repr(notebooks.outputs(tmp_path / "out.ipynb"))
+
+    silent = notebooks.write(tmp_path / "silent.ipynb", [("ask", "name = input('Your name? ')")])
+    refused = create_headless(client, silent, questions=False)
+    while not (ended := show(client, refused.id)).status.is_final:
+        assert time.monotonic() < deadline + DEADLINE_S, ended.reason
+        client.call(contract.READ_EVENTS, contract.ReadEvents(run_id=refused.id, after=1 << 60, hold_s=0.2))
+    assert (ended.status, ended.error and ended.error.name) == (RunStatus.FAILED, "StdinNotImplementedError")
+
     end_processes_of(home)
     kept = [path for path in [*home.root.rglob("*"), *tmp_path.glob("*.ipynb")] if path.is_file()]
     assert not [path for path in kept if b"s3cr3t-t0ken" in path.read_bytes()]

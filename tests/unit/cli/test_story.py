@@ -147,11 +147,15 @@ def test_an_approval_names_the_command_and_the_page_that_answer() -> None:
     [
         (WaitKind.APPROVAL, WaitStatus.OPEN, True),
         (WaitKind.APPROVAL, WaitStatus.ANSWERED, False),
+        (WaitKind.QUESTION, WaitStatus.OPEN, True),
+        (WaitKind.EVENT, WaitStatus.OPEN, True),
         (WaitKind.TIMER, WaitStatus.OPEN, False),
     ],
 )
-def test_only_an_open_approval_ends_a_follow(kind: WaitKind, status: WaitStatus, needed: bool) -> None:
-    """A run that sleeps goes on by itself; one that waits for a person ends the command with status 3."""
+def test_only_what_somebody_must_answer_ends_a_follow(
+    kind: WaitKind, status: WaitStatus, needed: bool
+) -> None:
+    """A run that sleeps goes on by itself; one that waits for a person or an event ends the command with status 3."""
     assert needs_person(a_run(RunStatus.WAITING, waits=(a_wait(kind, status),))) is needed
 
 
