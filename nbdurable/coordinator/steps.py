@@ -14,7 +14,7 @@ from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.fold import COMMITS, Kind, StepState
 from nbdurable.coordinator.state import Live
 from nbdurable.errors import NotFound, NotRestorable
-from nbdurable.models import Run, Wait, WaitKind, WaitStatus
+from nbdurable.models import Attempt, Run, Wait, WaitKind, WaitStatus
 from nbdurable.policies import span
 
 _RETRY = "retry:"  # how the key of a timer begins that stands between two tries of a step
@@ -41,8 +41,9 @@ class Steps:
         async with self._core.driven(wanted.run_id, wanted.epoch) as live:
             fold = await self._core.fold(live)
             state = fold.get(wanted.step)
-            data: dict[str, Any] = {"reason": wanted.reason, "cell_id": wanted.cell_id}
             tried = state.tried if state is not None and wanted.goes_on else ()
+            reason = wanted.reason + (_after(tried[-1]) if tried and wanted.action != "restore" else "")
+            data: dict[str, Any] = {"reason": reason, "cell_id": wanted.cell_id}
             if wanted.goes_on and (due_in_s := self._due_in_s(live, wanted.step)) is not None:
                 return contract.Begun(attempt=0, seq=0, failed=tried, again_in_s=due_in_s)
             if wanted.action == "restore":
@@ -52,19 +53,18 @@ class Steps:
                 )
             else:
                 running = state.running if state is not None else None
-                if state and running and running.epoch == wanted.epoch and state.reason == wanted.reason:
+                if state and running and running.epoch == wanted.epoch and state.reason == reason:
                     seq = state.started.get(running.number, 0)
                     calls = len(state.calls)
                     return contract.Begun(attempt=running.number, seq=seq, calls=calls, failed=tried)
                 attempt, kind = (state.next_attempt if state is not None else 1), Kind.STEP_STARTED
                 data["goes_on"] = wanted.goes_on
-            sentence = f"{wanted.step}: {wanted.action} ({wanted.reason})"
+            sentence = f"{wanted.step}: {wanted.action} ({reason})"
             data |= {"attempt": attempt} | ({"fresh": True} if wanted.fresh else {})
             event = self._core.step_event(live.run, kind, wanted.step, sentence, data)
             obsolete = []
-            if (
-                wanted.action == "execute" and not tried
-            ):  # nobody comes back to the gates of the body that ran before
+            # nobody comes back to the gates of the body that ran before
+            if wanted.action == "execute" and not tried:
                 open_ones = (wait for wait in self._core.open_waits(live.run.id) if wait.step == wanted.step)
                 obsolete = [w.model_copy(update={"status": WaitStatus.CANCELLED}) for w in open_ones]
             (seq,) = await self._core.commit(live, (event,), waits=obsolete)
@@ -183,6 +183,12 @@ class Steps:
         state = await self._known(run, wanted.step)
         checkpoint = await self._core.read(self._core.store.checkpoint, run.id, wanted.step)
         return contract.StepDetail(step=state.step(), checkpoint=checkpoint)
+
+
+def _after(failed: Attempt) -> str:
+    """Say of a try that it follows a failed one."""
+    what = failed.error.name if failed.error is not None else "a failure"
+    return f"; tried again after {what}, waited {span(failed.again_in_s or 0.0)}"
 
 
 def _removed(run: Run, step: str, why: str) -> NotRestorable:

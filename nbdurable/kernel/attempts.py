@@ -280,9 +280,6 @@ class Attempts:
 
     def _begin_next(self) -> None:
         execution, session = self._execution, self._session
-        before = self._failed[-1]
-        error = before.error.name if before.error else "a failure"
-        number = len(self._failed) + 1
         begun = session.client.call(
             contract.BEGIN_STEP,
             contract.BeginStep(
@@ -290,7 +287,7 @@ class Attempts:
                 epoch=session.epoch,
                 step=execution.name,
                 action="continue" if self._start else "execute",
-                reason=f"attempt {number} of {self.policy.attempts}: {error}, waited {span(before.again_in_s or 0.0)}",
+                reason=f"attempt {len(self._failed) + 1} of {self.policy.attempts}",
                 goes_on=True,
             ),
         )

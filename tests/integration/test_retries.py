@@ -85,7 +85,7 @@ def test_a_failed_try_leaves_no_trace_and_the_next_one_counts(shared: Kernel) ->
         ("completed", None),
     ]
     assert [one.error and one.error.message for one in attempts] == ["busy", "busy", None]
-    assert attempts[2].reason == "attempt 3 of 4: ValueError, waited 0.1 s"
+    assert attempts[2].reason == "attempt 3 of 4; tried again after ValueError, waited 0.1 s"
     shared.restart()
     shared.run(LOAD)
     shared.run(base)
@@ -256,6 +256,7 @@ def test_a_headless_run_waits_between_tries_without_a_kernel(
     }
     epochs = {step.name: sorted({one.epoch for one in step.attempts}) for step in done.steps}
     assert crashes or epochs == {"short": [1], "inexact": [1, 2], "long": [2, 3], "end": [3]}
+    assert done.steps[2].reason == "it has no checkpoint yet; tried again after RetryAfter, waited 2.1 s"
     first, second = next(step for step in done.steps if step.name == "long").attempts
     assert first.ended_at is not None
     assert second.started_at - first.ended_at >= 2.1
