@@ -37,6 +37,7 @@ from nbdurable.telemetry import fault_point
 
 MAX_PAYLOAD_BYTES = 1_000_000
 _ALL = 1_000_000_000
+_APART_S = 1e-6  # waits that are opened together are listed in their order
 _PROJECT = ""  # whose history holds the sent events: no run's
 
 
@@ -116,8 +117,9 @@ class Waits:
         """Open waits in one transaction; then answer those for which what they wait for is there already."""
         at = self._core.clock.now()
         waits, events = [], []
-        for spec in specs:
+        for place, spec in enumerate(specs):
             wait = await self._made(live, spec, group, at)
+            wait = wait.model_copy(update={"created_at": at + place * _APART_S})
             data = {"wait_id": wait.id, "key": wait.key}
             waits.append(wait)
             events.append(self._core.step_event(live.run, Kind.WAIT_OPENED, wait.step, _asks(wait, at), data))
