@@ -34,6 +34,7 @@ _HOMES = {
     "Failed": "nbdurable.kernel.mapping",
     "map": "nbdurable.kernel.mapping",
     "map_async": "nbdurable.kernel.mapping",
+    "ledger": "nbdurable.kernel.ledger",
     "Client": "nbdurable.client",
     "DurableError": "nbdurable.errors",
     "Abort": "nbdurable.errors",
@@ -59,6 +60,7 @@ __all__ = [
     "event",
     "first_of",
     "first_of_async",
+    "ledger",
     "load",
     "map",
     "map_async",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from nbdurable.errors import Abort, DurableError, RetryAfter, WaitTimeout
     from nbdurable.kernel.calls import step
     from nbdurable.kernel.context import current_run, result, skip_rest
+    from nbdurable.kernel.ledger import ledger
     from nbdurable.kernel.mapping import Failed, map, map_async
     from nbdurable.kernel.recipes import recipe
     from nbdurable.kernel.travel import load

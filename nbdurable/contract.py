@@ -16,6 +16,7 @@ from pydantic import Field
 from nbdurable.models import (
     JSON,
     Attempt,
+    Budget,
     Call,
     Checkpoint,
     Driver,
@@ -23,6 +24,7 @@ from nbdurable.models import (
     ErrorInfo,
     Event,
     HandSet,
+    ModelUse,
     ProcessIdentity,
     Progress,
     Run,
@@ -104,6 +106,7 @@ class CreateRun(Shape):
     timeout_s: float | None = Field(None, gt=0)
     delay_s: float = Field(0.0, ge=0)
     ttl_s: float | None = Field(None, gt=0)  # it expires if nobody has begun it so long after its delay
+    budget: Budget | None = None
     driver: Driver | None = None
     until: str | None = None  # the last step that it executes
 
@@ -268,9 +271,16 @@ class EndLease(Shape):
 
     run_id: str
     epoch: int
-    how: Literal["complete", "fail", "suspend", "release", "lose", "cancel", "leave", "time_out"]
+    how: Literal["complete", "fail", "suspend", "release", "lose", "cancel", "leave", "time_out", "pause"]
     reason: str
     error: ErrorInfo | None = None
+
+
+class SetBudget(Shape):
+    """Give a run that has not ended for good a budget; one that runs heeds it at its next call of a model."""
+
+    run_id: str
+    budget: Budget
 
 
 class SetResult(Shape):
@@ -405,6 +415,7 @@ class NewCall(Shape):
     bytes: int = 0
     duration_s: float
     reason: str = ""
+    model: ModelUse | None = None
     manifest: SignedManifest
 
 
@@ -687,6 +698,7 @@ FORK_RUN = Endpoint("POST", "/v1/forks", ForkRun, Run, "Create a run that shares
 REPAIR_RUN = Endpoint(
     "POST", "/v1/runs/{run_id}/repair", RepairRun, Run, "Change a run's past, and queue it."
 )
+SET_BUDGET = Endpoint("POST", "/v1/runs/{run_id}/budget", SetBudget, Run, "Give a run a budget.")
 CLOSE_RUN = Endpoint("POST", "/v1/runs/{run_id}/close", CloseRun, Run, "End an interactive run.")
 LEASE_RUN = Endpoint("POST", "/v1/runs/{run_id}/lease", LeaseRun, Run, "Begin to drive a run interactively.")
 LEASE_WORK = Endpoint("POST", "/v1/work", LeaseWork, Work, "Lease queued runs.")

@@ -21,8 +21,8 @@
         ├── CoordinatorUnreachable · WrongVersion · Unauthorized
 
 Control signals are no errors and derive from BaseException: `TimedOut`, and those that end a cell with one sentence
-(`ControlSignal`): `Suspended`, `RestSkipped`. What the user's own code raises to steer its retries stands apart, too:
-`Abort` and `RetryAfter`.
+(`ControlSignal`): `Suspended`, `Paused`, `RestSkipped`. What the user's own code raises to steer its retries stands
+apart, too: `Abort` and `RetryAfter`.
 
 An error's class docstring is its title. `slug` survives HTTP: `to_wire` and `from_wire` are inverse.
 """
@@ -210,6 +210,10 @@ class ControlSignal(BaseException):
 
 class Suspended(ControlSignal):
     """Control signal: the run waits, and the headless kernel is given back."""
+
+
+class Paused(ControlSignal):
+    """Control signal: the run is not to go on before somebody says so."""
 
 
 class RestSkipped(ControlSignal):

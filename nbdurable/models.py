@@ -126,6 +126,46 @@ class Variable(Shape):
     reason: str = ""  # why it was not saved, and what to do; what makes it again
 
 
+class Price(Shape):
+    """What a model costs, for a million tokens."""
+
+    input: float = Field(ge=0)
+    output: float = Field(0.0, ge=0)
+    cached_input: float | None = Field(None, ge=0)  # of those that the model had cached; None: as any other
+
+
+class Budget(Shape):
+    """What the model calls of a run may take, all of them together."""
+
+    amount: float = Field(gt=0)
+    of: Literal["money", "tokens"]
+
+
+class ModelUse(Shape):
+    """What one call of a model took; None where its answer does not tell."""
+
+    model: str
+    prompt: str = ""  # digest of what it was asked
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int = 0  # of the input
+    cost: float | None = None  # by the project's prices
+
+
+class Used(Shape):
+    """What several calls of models took, those that were replaced since then as well."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0
+    unpriced: int = 0  # calls whose cost is not known
+
+
+class Usage(Used):
+    by_model: dict[str, Used] = Field(default_factory=dict)
+
+
 class Step(Shape):
     """A `%%step` cell in a run, as `nbdurable show` prints it."""
 
@@ -137,6 +177,7 @@ class Step(Shape):
     attempts: tuple[Attempt, ...] = ()
     variables: tuple[Variable, ...] = ()
     calls: int = 0  # recorded ones of its newest attempt
+    usage: Usage = Usage()  # of all its attempts
     cell_id: str | None = None
     checkpoint_seq: int | None = None  # the event that carries its manifest
     line: int | None = None  # of a waiting step: the line of the gate
@@ -273,6 +314,7 @@ class Run(Shape):
     earlier_snapshots: tuple[
         str, ...
     ] = ()  # digests of the versions that it had before repairs and hand-overs
+    budget: Budget | None = None
     created_at: float
     started_at: float | None = None
     ended_at: float | None = None
@@ -297,6 +339,7 @@ class Call(Shape):
     attempt: int  # at the step, in which it ran
     replayed: bool = False  # the newest attempt took its result, and did not run it
     reason: str = ""  # why it ran, though an earlier attempt had recorded it
+    model: ModelUse | None = None  # of a call of a model
     at: float
     seq: int
 
@@ -307,6 +350,7 @@ class RunDetail(Run):
     steps: tuple[Step, ...] = ()
     waits: tuple[Wait, ...] = ()
     calls: tuple[Call, ...] = ()  # recorded ones, where they were asked for
+    usage: Usage = Usage()
 
 
 class Event(Shape):

@@ -14,9 +14,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from nbdurable import spending
 from nbdurable.errors import StoreError, StoreFull, UsageError
+from nbdurable.models import Budget, Price
 
 FOLDER = ".nbdurable"
 _PROJECT_MARKS = ("pyproject.toml", ".git", "setup.py", "setup.cfg")
@@ -44,6 +46,22 @@ class Settings(BaseModel):
     """Address under which others reach the pages, e.g. of a tunnel: callback URLs begin with it."""
     dashboard_port: int = 8977
     """Port of the pages on the loopback interface; the next free one is taken where it is in use."""
+    ledger: bool = False
+    """Whether calls of models inside steps are recorded in every notebook, without `durable.ledger()`."""
+    budget: Budget | None = None
+    """What the model calls of a run may take, where nothing else is said: `2.50`, `200k tokens`."""
+    prices: dict[str, Price] = Field(default_factory=dict)
+    """What a million tokens cost, by model: `[prices."gpt-4o-mini"]` with `input`, `output`, `cached_input`."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _read_budget(cls, given: Any) -> Any:
+        if given is None:
+            return None
+        try:
+            return spending.budget(given)
+        except UsageError as error:
+            raise ValueError(f"{error.message}: {error.todo}") from None
 
     @classmethod
     def load(cls, home: Home) -> Settings:
@@ -66,7 +84,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            if name not in cls.model_fields:
+            if first["loc"][0] not in cls.model_fields:
                 raise UsageError(
                     f"there is no setting {name!r} ({path}); those there are: {', '.join(cls.model_fields)}",
                     todo="mend its name or remove it",

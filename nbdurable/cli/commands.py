@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from nbdurable import spending
 from nbdurable.cli import INTERRUPTED, parameters
 from nbdurable.cli.project import approval_page, choose_home, connect, hint, with_output
 from nbdurable.cli.screen import Screen, clock, warn
@@ -31,6 +32,7 @@ from nbdurable.contract import (
     READ_CALLS,
     READ_EVENTS,
     READ_LOG,
+    SET_BUDGET,
     SQL,
     AnswerWait,
     ByRun,
@@ -42,6 +44,7 @@ from nbdurable.contract import (
     ReadEvents,
     ReadLog,
     ReadWait,
+    SetBudget,
 )
 from nbdurable.errors import DurableError, UsageError
 from nbdurable.models import Run, RunStatus, WaitKind, WaitStatus
@@ -218,6 +221,10 @@ def run(
     no_questions: Annotated[
         bool, typer.Option("--no-questions", help="Let input() and getpass() fail instead of waiting.")
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="B", help="Pause it when its model calls have taken 2.50, or '200k tokens'."),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Queue the run and return.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -250,6 +257,7 @@ def run(
         ttl=ttl,
         questions=not no_questions,
         until=until,
+        budget=budget,
         warn=lambda sentence: warn(("note: ", "yellow"), sentence),
     )
     screen.say(
@@ -410,6 +418,10 @@ def resume(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Take it from the kernel that drives it; that one is told so.")
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="B", help="What its model calls may take in all from now on: 5, '400k tokens'."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -419,6 +431,7 @@ def resume(
     """
     from nbdurable.cli.past import resume as change
 
+    larger = None if budget is None else spending.budget(budget)
     client, screen = connect(), Screen(json=as_json)
     found = client.call(GET_RUN, ByRun(run_id=run))
     if (
@@ -429,7 +442,10 @@ def resume(
     ):
         asked = f"Run {found.short} is driven by {found.driver.label}. Take it from there?"
         take_over = typer.confirm(asked, default=False, err=True)
-    _carry_out(client, change(client, found.id, take_over=take_over), screen, dry_run=dry_run)
+    planned = change(client, found.id, take_over=take_over)
+    if larger is not None and not dry_run:
+        client.call(SET_BUDGET, SetBudget(run_id=found.id, budget=larger))
+    _carry_out(client, planned, screen, dry_run=dry_run)
 
 
 @app.command(cls=_Run, epilog="Example: nbdurable fork 4fb29c1e --from draft --notebook edited.ipynb")

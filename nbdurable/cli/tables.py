@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nbdurable import spending
 from nbdurable.cli.follow import took
 from nbdurable.cli.project import approval_page, hint, near
 from nbdurable.cli.screen import LEVELS, STYLES, Screen, clip, clock
@@ -96,6 +97,8 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
         "expires": "" if run.expires_at is None or run.epoch else clock(run.expires_at),
         "progress": run.progress and _progress(run.progress),
         "metadata": run.metadata and json.dumps(run.metadata, ensure_ascii=False),
+        "models": spending.say(run.usage) if run.usage.calls else "",
+        "budget": run.budget and spending.say_budget(run.budget),
         "result": "" if run.result is None else json.dumps(run.result, ensure_ascii=False),
     }
     for name, fact in facts.items():
@@ -186,7 +189,7 @@ def print_history(client: Client, run: str, *, follow: bool, as_json: bool) -> N
 
 def _call(found: Call) -> tuple[str, ...]:
     attempt = f"{found.attempt}, kept since" if found.replayed else str(found.attempt)
-    result = f"{found.type} {size(found.bytes)}"
+    result = spending.say_use(found.model) if found.model else f"{found.type} {size(found.bytes)}"
     return (
         found.step,
         found.name,

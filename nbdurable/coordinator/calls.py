@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from nbdurable import contract
+from nbdurable import contract, spending
 from nbdurable.contract import Endpoint
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.fold import Kind
@@ -42,8 +42,11 @@ class Calls:
     def _event(self, run: Any, wanted: contract.CommitCalls, call: contract.NewCall) -> NewEvent:
         data = {name: getattr(call, name) for name in _SAID if name != "attempt"}
         data |= {"attempt": wanted.attempt, "signature": call.manifest.signature}
-        why = f"; {call.reason}" if call.reason else ""
-        sentence = f"{wanted.step}: called {call.name}({call.given}), {span(call.duration_s)}{why}"
+        took, why = span(call.duration_s), f"; {call.reason}" if call.reason else ""
+        if call.model is not None:
+            data["model"] = call.model.model_dump(mode="json")
+            took = f"{took}, {spending.say_use(call.model)}"
+        sentence = f"{wanted.step}: called {call.name}({call.given}), {took}{why}"
         return self._core.step_event(
             run, Kind.CALL_COMPLETED, wanted.step, sentence, data, manifest=call.manifest
         )
@@ -66,4 +69,5 @@ class Calls:
 def _call(stored: StoredCall, *, replayed: bool) -> Call:
     event = stored.event
     said = {name: event.data[name] for name in _SAID}
+    said["model"] = event.data.get("model")
     return Call(step=event.step or "", at=event.at, seq=event.seq, replayed=replayed, **said)

@@ -28,6 +28,7 @@ _ENDINGS: dict[str, tuple[Happening, Kind]] = {
     "release": (Happening.RELEASE, Kind.RUN_RELEASED),
     "cancel": (Happening.CANCEL, Kind.RUN_CANCELLED),
     "leave": (Happening.LEAVE, Kind.RUN_LEFT),
+    "pause": (Happening.PAUSE, Kind.RUN_PAUSED),
     "time_out": (Happening.TIME_OUT, Kind.RUN_TIMED_OUT),
 }
 _LOSSES = {
@@ -153,12 +154,12 @@ class Driving:
                 raise
             if wanted.how == "lose":
                 return await self._lose(live, wanted.reason)
-            if run.cancel_requested and wanted.how in ("suspend", "release"):
+            if run.cancel_requested and wanted.how in ("suspend", "pause", "release"):
                 return await self._cancelled(live, "cancelled", how=wanted.how)
             if (
                 live.lease is not None
                 and live.lease.timed_out
-                and wanted.how in ("suspend", "release", "fail")
+                and wanted.how in ("suspend", "pause", "release", "fail")
             ):
                 return await self._timed_out(live, how=wanted.how)
             happening, kind = _ENDINGS[wanted.how]

@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from nbdurable.models import Attempt, ErrorInfo, Event, Step, StepStatus, Variable
+from nbdurable import spending
+from nbdurable.models import (
+    Attempt,
+    ErrorInfo,
+    Event,
+    ModelUse,
+    Step,
+    StepStatus,
+    Usage,
+    Variable,
+)
 
 
 class Kind(StrEnum):
@@ -39,6 +49,7 @@ class Kind(StrEnum):
     RUN_HANDED_OVER = "run_handed_over"
     RUN_REPAIRED = "run_repaired"
     RUN_DELAYED = "run_delayed"
+    BUDGET_SET = "budget_set"
     RESULT_SET = "result_set"
     METADATA_CHANGED = "metadata_changed"
     LOGGED = "logged"
@@ -107,6 +118,7 @@ class StepState:
     variables: list[dict[str, Any]] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)  # key → seq, of those that may be used again
     replayed: set[int] = field(default_factory=set)  # calls that the newest attempt did not run
+    usage: Usage = field(default_factory=Usage)  # of all calls of models, whatever became of them
     calls_made: int | None = None  # by the attempt that committed the step
     fresh_since: int = 0  # calls up to this number are not used any more
     line: int | None = None
@@ -142,6 +154,7 @@ class StepState:
             attempts=tuple(self.attempts),
             variables=tuple(Variable.model_validate(one) for one in self.variables),
             calls=len(self.calls) if self.calls_made is None else self.calls_made,
+            usage=self.usage,
             cell_id=self.cell_id,
             checkpoint_seq=self.checkpoint_seq,
             line=self.line if self.status is StepStatus.WAITING else None,
@@ -171,6 +184,7 @@ class Fold:
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self._steps: dict[str, StepState] = {}
+        self.usage = Usage()
         for event in events:
             self.apply(event)
 
@@ -196,6 +210,8 @@ class Fold:
         elif event.step is not None and event.kind in _STEP_EVENTS:
             state = self._steps.setdefault(event.step, StepState(event.step))
             _STEP_EVENTS[Kind(event.kind)](state, event)
+            if use := event.data.get("model"):
+                self.usage = spending.add(self.usage, ModelUse.model_validate(use))
 
     def _remove(self, event: Event) -> None:
         gone = set(event.data["seqs"])
@@ -295,6 +311,8 @@ def _failed(state: StepState, event: Event) -> None:
 def _called(state: StepState, event: Event) -> None:
     state.committed[event.data["signature"]] = event.seq
     state.calls[event.data["key"]] = event.seq
+    if use := event.data.get("model"):
+        state.usage = spending.add(state.usage, ModelUse.model_validate(use))
 
 
 _STEP_EVENTS = {

@@ -11,7 +11,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from nbdurable import contract, lifecycle
+from nbdurable import contract, lifecycle, spending
 from nbdurable.contract import Endpoint
 from nbdurable.coordinator.core import Core, fence, hold_deadline, label
 from nbdurable.coordinator.fold import Fold, Kind
@@ -47,6 +47,7 @@ class Runs:
             contract.READ_EVENTS: self.read_events,
             contract.READ_LOG: self.read_log,
             contract.CANCEL_RUN: self.cancel_run,
+            contract.SET_BUDGET: self.set_budget,
             contract.CLOSE_RUN: self.close_run,
         }
 
@@ -118,7 +119,7 @@ class Runs:
         waits = await self._core.read(
             self._core.store.waits, contract.ListWaits(run_id=run.id, status=None, limit=_ALL)
         )
-        return RunDetail(**dict(run), steps=fold.steps(), waits=tuple(waits))
+        return RunDetail(**dict(run), steps=fold.steps(), waits=tuple(waits), usage=fold.usage)
 
     async def read_events(self, wanted: contract.ReadEvents) -> contract.Events:
         run = await self._core.current(wanted.run_id)
@@ -162,6 +163,17 @@ class Runs:
                     live.lease.cancel_by = self._core.cancel_deadline()
                 return run
             return await self._core.move(live, happening, Kind.RUN_CANCELLED, "cancelled by hand")
+
+    async def set_budget(self, wanted: contract.SetBudget) -> Run:
+        async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
+            if live.run.budget != wanted.budget:
+                run = live.run.model_copy(update={"budget": wanted.budget})
+                sentence = f"its budget is {spending.say_budget(wanted.budget)}"
+                data = {"budget": wanted.budget.model_dump()}
+                await self._core.commit(
+                    live, [self._core.event(run, Kind.BUDGET_SET, sentence, **data)], run=run
+                )
+            return live.run
 
     async def close_run(self, wanted: contract.CloseRun) -> Run:
         async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from nbdurable import lifecycle
+from nbdurable import lifecycle, spending
 from nbdurable.dashboard import forms
 from nbdurable.dashboard.outputs import MAX_TEXT_CHARS, bounded
 from nbdurable.models import ErrorInfo, RunDetail, RunStatus, Step, StepStatus
@@ -50,6 +50,9 @@ def _environment() -> Environment:
         "markdown": markdown,
         "pretty": pretty,
         "cut": cut,
+        "use": spending.say_use,
+        "usage": spending.say,
+        "budget": spending.say_budget,
         "fields": forms.fields,
     }
     environment.globals |= {"RunStatus": RunStatus}

@@ -180,7 +180,7 @@ def _plain(function: Function, policy: Policy) -> Callable[..., Any]:
             return call.value()
         with call.running():
             value = fn(*args, **kwargs)
-        _commit(call, value)
+        commit(call, value)
         return value
 
     return recorded
@@ -197,13 +197,14 @@ def _coroutine(function: Function, policy: Policy) -> Callable[..., Any]:
             return call.value()
         with call.running():
             value = await fn(*args, **kwargs)
-        await _commit_async(call, value)
+        await commit_async(call, value)
         return value
 
     return recorded
 
 
-def _commit(call: Call, value: Any) -> None:
+def commit(call: Call, value: Any) -> None:
+    """Keep what a call left; returns when it is on disk."""
     from nbdurable.kernel.interrupts import uninterrupted
 
     with uninterrupted():
@@ -212,7 +213,8 @@ def _commit(call: Call, value: Any) -> None:
             call.calls.commit(ready)
 
 
-async def _commit_async(call: Call, value: Any) -> None:
+async def commit_async(call: Call, value: Any) -> None:
+    """Keep what a call left, as `commit` does; other tasks go on meanwhile."""
     ready = call.keep(value)
     if ready is not None:
         await call.calls.commit_async(ready)
@@ -274,7 +276,7 @@ def _generator(function: Function) -> Callable[..., Any]:
         if why:
             call.refuse(why)
         else:
-            _commit(call, (items.values, result))
+            commit(call, (items.values, result))
         return result
 
     return recorded
@@ -311,6 +313,6 @@ def _async_generator(function: Function) -> Callable[..., Any]:
         if why := items.spoilt():
             call.refuse(why)
         else:
-            await _commit_async(call, (items.values, None))
+            await commit_async(call, (items.values, None))
 
     return recorded

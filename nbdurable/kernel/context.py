@@ -13,7 +13,7 @@ from nbdurable.checkpoint.plan import digest
 from nbdurable.errors import RestSkipped, UsageError
 from nbdurable.kernel import extension
 from nbdurable.kernel.session import required
-from nbdurable.models import DriverKind, Progress
+from nbdurable.models import DriverKind, Progress, Usage
 
 PROGRESS_S = 0.5  # progress is said no more often
 
@@ -86,6 +86,11 @@ class CurrentRun:
     def metadata(self) -> Metadata:
         """Return what is said about the run, to be changed."""
         return Metadata(self)
+
+    def usage(self) -> Usage:
+        """Return what the run's calls of models have taken so far, in steps: calls, tokens, cost, by model."""
+        question = contract.ByRun(run_id=self.id)
+        return required().client.call(contract.GET_RUN, question).usage
 
     def log(
         self, message: str, *, level: Literal["debug", "info", "warning", "error"] = "info", **fields: Any

@@ -38,6 +38,10 @@ def load_ipython_extension(shell: Any) -> None:
     shell.events.register("post_run_cell", _steps.post_run_cell)
     shell.register_magics(magics.DurableMagics(shell, found))
     questions.install(found)
+    if found.settings.ledger:
+        from nbdurable.kernel.ledger import ledger
+
+        ledger()
     if greeting is not None:
         display.say(shell, greeting)
 

@@ -44,7 +44,7 @@ from nbdurable.errors import NotRestorable, UsageError
 from nbdurable.kernel import display
 from nbdurable.kernel.outputs import Recorder, replay
 from nbdurable.kernel.session import Session
-from nbdurable.models import SignedManifest
+from nbdurable.models import ModelUse, SignedManifest
 from nbdurable.telemetry import fault_point
 
 _SAID = 60  # characters of a call's arguments that people see
@@ -57,11 +57,14 @@ class Function:
 
     fn: Callable[..., Any]
     key: str | Callable[..., Any] | None = None
+    label: str = ""
 
     @cached_property
     def name(self) -> str:
         """Return its name, by which its calls are told from those of others."""
-        return str(getattr(self.fn, "__qualname__", type(self.fn).__qualname__)).replace(".<locals>", "")
+        return self.label or str(getattr(self.fn, "__qualname__", type(self.fn).__qualname__)).replace(
+            ".<locals>", ""
+        )
 
     @cached_property
     def signature(self) -> inspect.Signature | None:
@@ -154,7 +157,7 @@ class Calls:
         except TypeError:
             return None  # its own error says it better
         facts = self._facts_of(function)
-        scope = next((call.key for call in reversed(_inside.get()) if call.calls is self), "")
+        scope = self._scope()
         given = _look(arguments, self.session.values)
         if function.key is not None:
             said, identity = self._by_key(function, scope, given, arguments, args, kwargs)
@@ -169,6 +172,29 @@ class Calls:
         else:
             said = _said_all(arguments)
             identity = digest(scope, function.name, *_pairs(given.digests), "", *self._by_value(facts))
+        return self._begin(function, identity, said, facts, arguments, given)
+
+    def open_known_by(self, function: Function, said: str, *texts: str) -> Call:
+        """Begin a call that is known by texts alone, whatever code asks for it: its function is none of the notebook's.
+
+        It is ended by `keep` or `end`, without `running`.
+        """
+        identity = digest(self._scope(), function.name, "texts", *texts)
+        return self._begin(function, identity, said, _Facts("", {}, {}, ()), {}, _Looked({}, [], {}))
+
+    def _scope(self) -> str:
+        """Return the key of the call that runs around this one."""
+        return next((call.key for call in reversed(_inside.get()) if call.calls is self), "")
+
+    def _begin(
+        self,
+        function: Function,
+        identity: str,
+        said: str,
+        facts: _Facts,
+        arguments: dict[str, Any],
+        given: _Looked,
+    ) -> Call:
         with self._guard:
             equals = self._equals.setdefault(identity, _Equals())
             if equals.free:
@@ -292,7 +318,11 @@ class Calls:
 
     def note(self, function: Function, why: str) -> None:
         """Note why a call is not recorded, to be said once."""
-        self._notices[f"call `{function.name}` is not recorded: {why}"] = None
+        self.tell(f"call `{function.name}` is not recorded: {why}")
+
+    def tell(self, sentence: str) -> None:
+        """Note a sentence about calls, to be said once when the cell ends."""
+        self._notices[sentence] = None
 
     def say(self) -> None:
         """Say which calls were not recorded, and why."""
@@ -407,6 +437,7 @@ class Call:
         self.known: CallManifest | None = None
         self.reason = ""
         self.tries = ""  # which one this is, and what the one before raised
+        self.model: ModelUse | None = None  # what a call of a model took
         self._recorder = Recorder()
         self._began = time.perf_counter()
         self._before: _Before | None = None
@@ -468,8 +499,9 @@ class Call:
 
     def end(self, *, recorded: bool) -> None:
         """Note that the call runs no more."""
-        with self.calls._guard:
-            self.calls.running -= 1
+        if self._before is not None:
+            with self.calls._guard:
+                self.calls.running -= 1
         if not recorded:
             self.calls.give_back(self)
 
@@ -486,10 +518,8 @@ class Call:
 
     def keep(self, value: Any) -> _Ready | None:
         """Save what the call left, to be committed; None where that can't be recorded, which is noted."""
-        before = self._before
-        assert before is not None
         try:
-            ready = self._ready(value, before)
+            ready = self._ready(value, self._before)
         except NotSaveable as error:
             self.calls.note(self.function, error.message)
             self.end(recorded=False)
@@ -505,15 +535,16 @@ class Call:
         self.calls.note(self.function, why)
         self.end(recorded=False)
 
-    def _ready(self, value: Any, before: _Before) -> _Ready:
+    def _ready(self, value: Any, before: _Before | None) -> _Ready:
         session = self.calls.session
         duration_s = time.perf_counter() - self._began
-        self._check_unchanged(before)
-        group, shares = save_value(
-            value, session.values, session.blobs, (*self.given.walks, *before.variables.walks)
-        )
-        alone = before.random is not None and self.calls.crowded == before.crowded
-        moved = alone and _random_state() != before.random
+        walks = self.given.walks
+        if before is not None:
+            self._check_unchanged(before)
+            walks = [*walks, *before.variables.walks]
+        group, shares = save_value(value, session.values, session.blobs, walks)
+        alone = before is not None and before.random is not None and self.calls.crowded == before.crowded
+        moved = before is not None and alone and _random_state() != before.random
         outputs = self._recorder.finished()
         manifest = CallManifest(
             run_id=session.run_id,
@@ -537,6 +568,7 @@ class Call:
             bytes=group.stream.size + sum(blob.size for blob in group.buffers),
             duration_s=duration_s,
             reason="; ".join(filter(None, (self.reason, self.tries))),
+            model=self.model,
             manifest=seal(manifest, session.key),
         )
         return _Ready(self, new, manifest.files())

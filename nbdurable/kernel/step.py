@@ -36,6 +36,7 @@ from nbdurable.errors import (
     ControlSignal,
     DurableError,
     NotRestorable,
+    Paused,
     RestSkipped,
     StepUsageError,
     Suspended,
@@ -530,12 +531,15 @@ class Steps:
                 todo = "what stands above its gate is kept, too: run the cell again to go on from there"
             else:
                 todo = "fix the cell and run it again"
+            if isinstance(error, Paused):
+                todo = "run the cell again then"
             if execution.calls is not None and execution.calls.made:
                 what += f" · {execution.calls.summary()} recorded"
             why = _because(execution.verdict)
             if tries is not None and tries.exhausted:
                 why = f" ({verdict})"
-            display.say(self.shell, f"✗ {execution.name} did not finish{why} · {what} · {todo}")
+            sign = "⏸" if isinstance(error, Paused) else "✗"
+            display.say(self.shell, f"{sign} {execution.name} did not finish{why} · {what} · {todo}")
 
     def _waits_open(self, execution: Execution) -> bool:
         checkpoint = self.session.checkpoints.get(execution.name)

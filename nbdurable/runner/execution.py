@@ -31,9 +31,10 @@ from nbdurable.runner.notebooks import is_executed, step_name
 
 EXTENSION = "nbdurable.kernel.extension"
 _DIE_WITH_US = "__import__('ctypes').CDLL(None).prctl(1, 9, 0, 0, 0)"  # PR_SET_PDEATHSIG, SIGKILL
-SUSPENDED, SKIPPED = (
+SUSPENDED, SKIPPED, PAUSED = (
     "Suspended",
     "RestSkipped",
+    "Paused",
 )  # control signals of `errors.py`, as an execute reply names them
 AUTOSAVE_S = 5.0
 _CLEAN_EXITS = ("", "0", "None")
@@ -49,10 +50,10 @@ class Outcome:
     """How the execution of a notebook ended while its kernel lived.
 
     `complete`: every cell was executed, or one ended the notebook with `sys.exit()`. `skip`: a cell skipped the
-    rest. `stop`: asked for.
+    rest. `pause`: not before somebody says so. `stop`: asked for.
     """
 
-    how: Literal["complete", "skip", "suspend", "fail", "stop"]
+    how: Literal["complete", "skip", "suspend", "pause", "fail", "stop"]
     sentence: str
     error: ErrorInfo | None = None
 
@@ -190,7 +191,7 @@ class Record(NotebookExecutionManager):  # type: ignore[misc]
     def cell_signalled(self, cell: Any) -> None:
         """Show the control signal that ended a cell as its sentence: a red error would be another lie."""
         for output in cell.outputs:
-            if output.output_type == "error" and output.ename in (SUSPENDED, SKIPPED):
+            if output.output_type == "error" and output.ename in (SUSPENDED, SKIPPED, PAUSED):
                 text = "".join(_ANSI.sub("", line) + "\n" for line in output.traceback)
                 output.clear()
                 output.update(output_type="stream", name="stdout", text=text)
@@ -361,6 +362,8 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
         message = _ANSI.sub("", str(self._reply.get("evalue", "")))
         if name == SUSPENDED:
             return Outcome("suspend", message or "the run waits")
+        if name == PAUSED:
+            return Outcome("pause", message)
         if name == SKIPPED:
             return Outcome("skip", f"{_title(cell)} {message}")
         if any(item.get("source") == "ask_exit" for item in self._reply.get("payload", ())):
@@ -375,7 +378,7 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
 
     def _settle(self, cell: Any, index: int, outcome: Outcome | None) -> str:
         """Give a cell its state; return the sign that stands for it."""
-        if outcome is not None and outcome.how == "suspend":
+        if outcome is not None and outcome.how in ("suspend", "pause"):
             self.nb_man.cell_waiting(cell)
             return "⏸"
         if outcome is not None and outcome.how == "skip":

@@ -224,8 +224,8 @@ class Executor:
 
     def _verdict(self, run: Run, nb: Any, outcome: Outcome) -> EndLease:
         """Return what an outcome means for the run. It is complete when every step of its notebook is (`--until`)."""
-        if outcome.how == "suspend":
-            return self._word("suspend", outcome.sentence)
+        if outcome.how in ("suspend", "pause"):
+            return self._word(outcome.how, outcome.sentence)
         if outcome.how == "stop":
             return self._word("release", outcome.sentence)
         if outcome.how == "fail":
@@ -259,9 +259,9 @@ class Executor:
                 return self._word("cancel", "cancelled")
             case Wish.TIME_OUT if word.how != "complete":
                 return self._word("time_out", f"it was driven for the {span(self._timeout_s)} that it may be")
-            case Wish.RELEASE if word.how not in ("complete", "suspend"):
+            case Wish.RELEASE if word.how not in ("complete", "suspend", "pause"):
                 return self._word("release", "its worker stopped; another one goes on with it")
-            case Wish.ORPHANED if word.how not in ("complete", "suspend"):
+            case Wish.ORPHANED if word.how not in ("complete", "suspend", "pause"):
                 return self._word("lose", "its worker died")
         return word
 

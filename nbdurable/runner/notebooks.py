@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from nbdurable import spending
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.checkpoint.sources import parameters_source
 from nbdurable.client import Client
@@ -30,7 +31,7 @@ from nbdurable.errors import (
     StepUsageError,
     UsageError,
 )
-from nbdurable.models import DriverKind, Run
+from nbdurable.models import Budget, DriverKind, Run
 from nbdurable.policies import Retry, seconds
 from nbdurable.security import load_key
 from nbdurable.settings import Home
@@ -78,12 +79,14 @@ def create_headless(
     ttl: str | float | timedelta | None = None,
     questions: bool = True,
     until: str | None = None,
+    budget: str | float | Budget | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Run:
     """Create a queued run of a notebook as it is now; `warn` gets what people should know about it.
 
     `retries`: how often it is begun again after it has failed, its steps kept. `timeout`: how long it may be driven,
     waits apart. `delay`: it begins so much later; `ttl`: and expires, if nobody has begun it by so much after that.
+    `budget`: what its model calls may take, where they are recorded (`durable.ledger`).
     Raises NotebookError, StepUsageError, ParameterError or UsageError for what can't be run, before anything is
     created.
     """
@@ -120,6 +123,7 @@ def create_headless(
         retries=policy.retries,
         on_exhausted=policy.on_exhausted,
         timeout_s=timeout_s,
+        budget=None if budget is None else spending.budget(budget),
         delay_s=delay_s,
         ttl_s=ttl_s,
         until=until,

@@ -12,7 +12,7 @@ import nbdurable
 PACKAGE = Path(nbdurable.__file__).parent
 
 WORDS = {"models", "errors", "settings"}
-RULES = {"lifecycle", "policies", "stepline"}
+RULES = {"lifecycle", "policies", "stepline", "spending"}
 BASE = WORDS | RULES | {"contract", "security", "trust", "telemetry", "processes"}
 MAY_IMPORT = {
     "store": BASE | {"store"},
@@ -147,6 +147,7 @@ def test_public_names() -> None:
         "event",
         "first_of",
         "first_of_async",
+        "ledger",
         "load",
         "map",
         "map_async",
