@@ -163,6 +163,8 @@ def test_a_damaged_parameter_file_is_named(tmp_path: Path, text: str) -> None:
         (["run", "nb.ipynb", "-p", "a"], "-p needs a name and a value"),
         (["run", "nb.ipynb", "-f", "missing.yaml"], "missing.yaml can't be read"),
         (["run", "nb.ipynb", "--steps", "some"], "--steps some"),
+        (["run", "nb.ipynb", "--budget", "much"], "is no budget"),
+        (["resume", "4fb29c1e", "--budget", "much"], "is no budget"),
         (["run", "missing.ipynb"], "there is no notebook"),
         (["run", "."], "is a folder"),
         (["run"], "Missing argument"),

@@ -7,19 +7,23 @@ from typing import Any
 
 import pytest
 
-from nbdurable import lifecycle
+from nbdurable import lifecycle, spending
 from nbdurable.dashboard import view
 from nbdurable.models import (
     Attempt,
+    Budget,
+    Call,
     Driver,
     DriverKind,
     ErrorInfo,
     Event,
+    ModelUse,
     ProcessIdentity,
     RunDetail,
     RunStatus,
     Step,
     StepStatus,
+    Usage,
     Variable,
     Wait,
     WaitAnswer,
@@ -87,6 +91,8 @@ def run(text: str, status: RunStatus = RunStatus.FAILED) -> RunDetail:
         updated_at=1.0,
         steps=(step,),
         waits=(wait(text),),
+        usage=spending.add(Usage(), ModelUse(model=text, cost=0.5)),
+        budget=Budget(amount=1, of="tokens"),
     )
 
 
@@ -106,6 +112,11 @@ def wait(text: str, answered: bool = False, **fields: Any) -> Wait:
         "answer": answer if answered else None,
     }
     return Wait(**(usual | fields))
+
+
+def call(text: str, model: ModelUse | None = None) -> Call:
+    said = {"step": text, "key": text, "name": text, "given": text, "type": text, "reason": text}
+    return Call(**said, duration_s=1.0, attempt=1, replayed=True, model=model, at=1.0, seq=2)
 
 
 def pages(text: str) -> dict[str, str]:
@@ -129,6 +140,7 @@ def pages(text: str) -> dict[str, str]:
         "open_waits": list(shown.waits),
         "choices": view.choices(shown),
         "error": shown.error,
+        "calls": [call(text), call(text, ModelUse(model=text, input_tokens=1, output_tokens=2, cost=0.5))],
     }
     asked: dict[str, dict[str, Any]] = {
         "runs.html": {"rows": [{"run": shown, "progress": progress}], "more": True, "status": None},
