@@ -256,6 +256,16 @@ def test_it_may_be_said_twice_and_taken_back_and_other_requests_pass(
         )
         assert reply.status == "ok", reply.error
     assert shown(kernel).usage.calls == 1
+    server.count()
+    nested = (
+        "%%step d\n@durable.step\ndef tool(question):\n    return ask(question)\n"
+        "x = tool('again'), ask('again')\nif ran():\n    raise ValueError"
+    )
+    kernel.run("import itertools\nruns = itertools.count()\ndef ran():\n    return next(runs) == 0")
+    assert kernel.run(nested, "d").content["ename"] == "ValueError"
+    assert server.count() == 2
+    assert kernel.run(nested, "d").status == "ok"
+    assert (server.count(), shown(kernel).usage.calls) == (0, 3)
 
 
 def test_a_spent_budget_pauses_in_front_of_a_person_too(kernel: Kernel, server: ModelServer) -> None:
