@@ -235,6 +235,7 @@ def run(
     """
     if steps not in ("marked", "all"):
         raise UsageError(f"--steps {steps} is not known", todo="use --steps marked or --steps all")
+    allowed = None if budget is None else spending.budget(budget)
     values = (parameters.read_file(file) if file else {}) | parameters.read_pairs(parameter or ())
     from nbdurable.cli.follow import heading
     from nbdurable.runner.notebooks import create_headless
@@ -257,7 +258,7 @@ def run(
         ttl=ttl,
         questions=not no_questions,
         until=until,
-        budget=budget,
+        budget=allowed,
         warn=lambda sentence: warn(("note: ", "yellow"), sentence),
     )
     screen.say(

@@ -27,7 +27,7 @@ _PROMPT = ("system", "instructions", "messages", "input", "prompt")  # fields of
 _SECRET = re.compile(
     "key|token|secret|sig|password|auth|cookie", re.IGNORECASE
 )  # names of what is never kept
-_SHORTEST_SECRET = 8  # characters; a shorter one would be found by chance
+_SHORTEST_SECRET = 16  # characters; a shorter one (`not-needed`) would be found by chance
 _KEPT = re.compile(
     "content-type|content-encoding|date|x-request-id|request-id|openai-(model|processing-ms|version)"
     "|(x|anthropic)-ratelimit-.*"

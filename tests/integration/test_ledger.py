@@ -22,7 +22,7 @@ from tests.tools.kernels import Kernel
 from tests.tools.models import ModelServer
 
 DEADLINE_S = 60.0
-KEY = "sk-a-secret-that-nobody-may-keep"
+KEY = "SK-A-SECRET-THAT-NOBODY-MAY-KEEP"
 PRICES = """\
 [prices."gpt-small"]
 input = 1.0
@@ -266,6 +266,9 @@ def test_it_may_be_said_twice_and_taken_back_and_other_requests_pass(
     assert server.count() == 2
     assert kernel.run(nested, "d").status == "ok"
     assert (server.count(), shown(kernel).usage.calls) == (0, 3)
+    echo = kernel.run("%%step e\nx = len(ask(gpt.api_key))")  # which the server says again
+    assert "`chat/completions` is not recorded: its answer holds the key" in echo.notes
+    assert shown(kernel).usage.calls == 3
 
 
 def test_a_spent_budget_pauses_in_front_of_a_person_too(kernel: Kernel, server: ModelServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from nbdurable import spending
 from nbdurable.errors import UsageError
 from nbdurable.models import Budget, ModelUse, Price, Usage
+from nbdurable.settings import Home, Settings
 from nbdurable.spending import Answer
 
 
@@ -108,3 +110,24 @@ def test_what_is_no_budget_is_refused(wrong: Any) -> None:
 )
 def test_money_is_written_without_exponents(amount: float, said: str) -> None:
     assert spending.money(amount) == said
+
+
+def test_prices_and_a_budget_are_settings_and_wrong_ones_are_named(tmp_path: Path) -> None:
+    """Guarantee 11: file, setting and what is wrong."""
+    home = Home(tmp_path)
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        'ledger = true\nbudget = "200k tokens"\n[prices."gpt-4o.mini"]\ninput = 0.15\noutput = 0.6\n'
+    )
+    found = Settings.load(home)
+    assert found.budget == Budget(amount=200_000, of="tokens")
+    assert found.prices == {"gpt-4o.mini": Price(input=0.15, output=0.6)}
+    for text, said in (
+        ("[prices.m]\noutput = 1", "'prices.m.input' can't be used: Field required"),
+        ("[prices.m]\ninput = -1", "'prices.m.input' can't be used"),
+        ("[prices.m]\ninput = 1\ninptu = 2", "'prices.m.inptu' can't be used"),
+        ("budget = 'a lot'", "'budget' can't be used.*'a lot' is no budget"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            Settings.load(home)
