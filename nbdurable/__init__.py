@@ -28,6 +28,7 @@ _HOMES = {
     "current_run": "nbdurable.kernel.context",
     "result": "nbdurable.kernel.context",
     "skip_rest": "nbdurable.kernel.context",
+    "on": "nbdurable.kernel.hooks",
     "load": "nbdurable.kernel.travel",
     "recipe": "nbdurable.kernel.recipes",
     "step": "nbdurable.kernel.calls",
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "map",
     "map_async",
+    "on",
     "recipe",
     "result",
     "skip_rest",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from nbdurable.errors import Abort, DurableError, RetryAfter, WaitTimeout
     from nbdurable.kernel.calls import step
     from nbdurable.kernel.context import current_run, result, skip_rest
+    from nbdurable.kernel.hooks import on
     from nbdurable.kernel.ledger import ledger
     from nbdurable.kernel.mapping import Failed, map, map_async
     from nbdurable.kernel.recipes import recipe

@@ -24,7 +24,9 @@ from nbdurable.models import (
     ErrorInfo,
     Event,
     HandSet,
+    HookKind,
     ModelUse,
+    Occasion,
     ProcessIdentity,
     Progress,
     Run,
@@ -329,6 +331,35 @@ class SetProgress(Shape):
     run_id: str
     epoch: int
     progress: Progress
+
+
+class BeginHook(Shape):
+    """Record that a hook is about to run, if it is to: its driver is about to say `how`, or begins with the steps."""
+
+    run_id: str
+    epoch: int
+    kind: HookKind
+    name: str
+    how: Literal["start", "resume", "complete", "fail", "suspend", "pause", "lose", "cancel", "time_out"]
+    reason: str = ""
+    error: ErrorInfo | None = None
+
+
+class HookBegun(Shape):
+    """What the hook is told; None where it has run on this occasion, or the run does not end so after all."""
+
+    occasion: Occasion | None = None
+
+
+class EndHook(Shape):
+    """Record how a hook ended; `key` is its occasion's."""
+
+    run_id: str
+    epoch: int
+    kind: HookKind
+    name: str
+    key: str
+    error: ErrorInfo | None = None
 
 
 # Steps -----------------------------------------------------------------------------------------------------
@@ -710,6 +741,10 @@ CHANGE_METADATA = Endpoint(
 )
 ADD_LOG = Endpoint("POST", "/v1/runs/{run_id}/logged", AddLog, Nothing, "Add a line to the run's own log.")
 SET_PROGRESS = Endpoint("POST", "/v1/runs/{run_id}/progress", SetProgress, Nothing, "Say how far a step is.")
+BEGIN_HOOK = Endpoint(
+    "POST", "/v1/runs/{run_id}/hooks/begin", BeginHook, HookBegun, "Record that a hook is about to run."
+)
+END_HOOK = Endpoint("POST", "/v1/runs/{run_id}/hooks/end", EndHook, Nothing, "Record how a hook ended.")
 BEGIN_STEP = Endpoint("POST", "/v1/runs/{run_id}/begin", BeginStep, Begun, "Record a decision about a step.")
 COMMIT_STEP = Endpoint("POST", "/v1/runs/{run_id}/commit", CommitStep, Committed, "Commit a checkpoint.")
 FAIL_STEP = Endpoint("POST", "/v1/runs/{run_id}/fail", FailStep, Nothing, "Record that an attempt failed.")

@@ -353,6 +353,29 @@ class RunDetail(Run):
     usage: Usage = Usage()
 
 
+HookKind = Literal["start", "success", "failure", "wait", "resume", "cancel"]
+
+
+class Occasion(Shape):
+    """What a hook is told: what happens to the run, which is as it will be once this is over.
+
+    `key` is the same however often the occasion is told. `waits`: titles. `url`: of the run's page, while pages are up.
+    """
+
+    kind: HookKind
+    key: str
+    id: str
+    notebook: str
+    parameters: JSON
+    tags: tuple[str, ...] = ()
+    status: RunStatus
+    reason: str
+    error: ErrorInfo | None = None
+    result: JSON = None
+    waits: tuple[str, ...] = ()
+    url: str | None = None
+
+
 class Event(Shape):
     """One line of a run's append-only history."""
 

@@ -6,19 +6,20 @@ Owns the layout of `.nbdurable/` and `Settings`; reads the environment only in `
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 import tomllib
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from nbdurable import spending
 from nbdurable.errors import StoreError, StoreFull, UsageError
-from nbdurable.models import Budget, Price
+from nbdurable.models import Budget, HookKind, Price
 
 FOLDER = ".nbdurable"
 _PROJECT_MARKS = ("pyproject.toml", ".git", "setup.py", "setup.cfg")
@@ -40,6 +41,12 @@ class Settings(BaseModel):
     """Seconds without work or clients after which a coordinator that a client started ends."""
     cancel_grace_s: float = 10.0
     """Seconds that an interrupted kernel has before a cancelled run's kernel is killed."""
+    hooks: dict[
+        HookKind, Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+    ] = {}
+    """What is run when a headless run starts, fails, …: `module:function` or a command; in the environment as JSON."""
+    hook_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds that a hook may take before it is interrupted and counts as failed."""
     questions: bool = True
     """Whether a headless `input()` or `getpass()` waits for an answer; else it fails as in papermill."""
     pages_url: str = ""
@@ -63,6 +70,11 @@ class Settings(BaseModel):
         except UsageError as error:
             raise ValueError(f"{error.message}: {error.todo}") from None
 
+    @field_validator("hooks", mode="before")
+    @classmethod
+    def _read_hooks(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
     @classmethod
     def load(cls, home: Home) -> Settings:
         """Read the settings of a project.
@@ -84,6 +96,12 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
+            if name.startswith("hooks."):
+                kind = ".".join(name.split(".")[:2])
+                raise UsageError(
+                    f"the setting {kind!r} can't be used: {first['msg']}",
+                    todo=f'mend it in {path}: [hooks] failure = "module:function", or a command as a list of words',
+                ) from None
             if first["loc"][0] not in cls.model_fields:
                 raise UsageError(
                     f"there is no setting {name!r} ({path}); those there are: {', '.join(cls.model_fields)}",
@@ -139,6 +157,13 @@ class Home:
     def dashboard(self) -> Path:
         """Return the file that says where the pages are: pid, url."""
         return self.root / "dashboard.json"
+
+    def served(self) -> str | None:
+        """Return where pages are served now."""
+        try:
+            return str(json.loads(self.dashboard.read_text(encoding="utf-8"))["url"])
+        except (OSError, ValueError, KeyError):
+            return None
 
     @property
     def logs(self) -> Path:

@@ -21,6 +21,8 @@ FAULT_POINTS: dict[str, str] = {
     "event-sent": "a sent event is on disk, no run was given it",
     "wait-answered": "an answer is on disk, with what it cancels and wakes, and nobody was told",
     "wait-opened": "the kernel opened a wait and has not suspended",
+    "hook-begun": "that a hook begins is on disk, it has not run",
+    "hook-ran": "a hook has run, that it ended is not recorded",
     "store-before-commit": "the writer holds a group, the journal does not",
     "store-committed": "the group is on disk in the journal, nobody was told",
     "store-applied": "the database has on disk what the journal still holds",

@@ -131,6 +131,18 @@ def _settings(name: str, home: Home) -> Iterator[Check]:
     yield Check(name, True, ", ".join(f"{key}={value}" for key, value in changed.items()) or "as they come")
 
 
+def _hooks(name: str, home: Home) -> Iterator[Check]:
+    from nbdurable.runner.hooks import check
+
+    settings = Settings.load(home)
+    wrong = check(home, settings)
+    for kind in settings.hooks:
+        todo = f"mend [hooks] {kind} in {home.root / 'settings.toml'}: module:function, or a list of words"
+        yield Check(name, kind not in wrong, wrong.get(kind, f"{kind} is told"), todo)
+    if not settings.hooks:
+        yield Check(name, True, "the settings have none")
+
+
 def _disk(name: str, home: Home) -> Iterator[Check]:
     there = next(path for path in (home.root, *home.root.parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -207,6 +219,7 @@ CHECKS: dict[str, Callable[[str, Home], Iterator[Check]]] = {
     "secrets": _secrets,
     "trust": _trust,
     "settings": _settings,
+    "hooks": _hooks,
     "disk": _disk,
     "coordinator": _coordinator,
     "store": _store,

@@ -16,7 +16,7 @@ from nbdurable.coordinator.fold import Kind
 from nbdurable.coordinator.state import Lease, Live
 from nbdurable.errors import Fenced, LeaseHeld
 from nbdurable.lifecycle import Happening
-from nbdurable.models import DriverKind, ProcessIdentity, Run, RunStatus
+from nbdurable.models import DriverKind, ErrorInfo, ProcessIdentity, Run, RunStatus
 from nbdurable.policies import Retry, is_useless, span
 
 _END_GRACE_S = 1.0  # what orphans of a lost driver get to end by themselves
@@ -166,7 +166,7 @@ class Driving:
             reason = wanted.reason
             changes: dict[str, Any] = {}
             if happening is Happening.FAIL:
-                happening, kind, reason, changes = await self._after_failure(live, wanted)
+                happening, kind, reason, changes = await self.after_failure(live, reason, wanted.error)
             after, waits = self._core.moved(run, happening, reason, error=wanted.error, **changes)
             events = [self._core.event(after, kind, reason, how=wanted.how)]
             if happening is Happening.SUSPEND and not self._core.open_waits(run.id):
@@ -176,28 +176,28 @@ class Driving:
             await self._core.commit(live, events, run=after, waits=waits)
             return after
 
-    async def _after_failure(
-        self, live: Live, wanted: contract.EndLease
+    async def after_failure(
+        self, live: Live, reason: str, error: ErrorInfo | None
     ) -> tuple[Happening, Kind, str, dict[str, Any]]:
         """Say what a failure means for a run: whether it is begun again, or paused, or has failed."""
         run, spent = live.run, "its attempts are spent"
         pauses = (await self._core.fold(live)).pauses
         if run.retries and not pauses:
             failures = run.failures + 1
-            name = wanted.error.name if wanted.error is not None else ""
+            name = error.name if error is not None else ""
             if failures <= run.retries and not is_useless(name):
                 wait_s = Retry.of(run.retries).wait_s(failures, self._core.draw())
                 begins_at = self._core.clock.now() + wait_s
                 tries = f"attempt {failures} of {run.retries + 1}"
-                reason = f"{wanted.reason} ({tries}); begins again in {span(wait_s)}"
+                reason = f"{reason} ({tries}); begins again in {span(wait_s)}"
                 changes = {"failures": failures, "begins_at": begins_at}
                 return Happening.RETRY, Kind.RUN_RETRIED, reason, changes
             spent = f"its {run.retries + 1} attempts are spent"
             pauses = run.on_exhausted == "pause" and failures > run.retries
         if pauses:
-            reason = f"{wanted.reason}; {spent}, `nbdurable resume {run.short}` tries it again"
+            reason = f"{reason}; {spent}, `nbdurable resume {run.short}` tries it again"
             return Happening.PAUSE, Kind.RUN_PAUSED, reason, {}
-        return Happening.FAIL, Kind.RUN_FAILED, wanted.reason, {}
+        return Happening.FAIL, Kind.RUN_FAILED, reason, {}
 
     async def due(self, run_id: str) -> None:
         """Queue a run whose delay is over."""

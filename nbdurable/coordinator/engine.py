@@ -16,6 +16,7 @@ from nbdurable.contract import Endpoint
 from nbdurable.coordinator.calls import Calls
 from nbdurable.coordinator.core import Core
 from nbdurable.coordinator.driving import Driving
+from nbdurable.coordinator.hooks import Hooks
 from nbdurable.coordinator.past import Past
 from nbdurable.coordinator.runs import Runs
 from nbdurable.coordinator.sayings import Sayings
@@ -67,6 +68,7 @@ class Engine:
             **Past(self._core).handlers(),
             **self._driving.handlers(),
             **Sayings(self._core).handlers(),
+            **Hooks(self._core, self._driving).handlers(),
             **Steps(self._core).handlers(),
             **Calls(self._core).handlers(),
             **self._waits.handlers(),

@@ -17,7 +17,7 @@ from nbdurable.errors import NotFound, NotRestorable
 from nbdurable.models import Attempt, Run, Wait, WaitKind, WaitStatus
 from nbdurable.policies import span
 
-_RETRY = "retry:"  # how the key of a timer begins that stands between two tries of a step
+RETRY = "retry:"  # how the key of a timer begins that stands between two tries of a step
 
 
 class Steps:
@@ -73,9 +73,7 @@ class Steps:
 
     def _due_in_s(self, live: Live, step: str) -> float | None:
         """Return when the next try of a step is due, None where nothing keeps it from beginning now."""
-        timers = [
-            w for w in self._core.open_waits(live.run.id) if w.step == step and w.key.startswith(_RETRY)
-        ]
+        timers = [w for w in self._core.open_waits(live.run.id) if w.step == step and w.key.startswith(RETRY)]
         return max((max(0.0, (w.due_at or 0.0) - self._core.clock.now()) for w in timers), default=None)
 
     async def commit_step(self, wanted: contract.CommitStep) -> contract.Committed:
@@ -132,7 +130,7 @@ class Steps:
         return Wait(
             id=await self._core.new_wait_id(),
             run_id=run_id,
-            key=f"{_RETRY}{wanted.step}:{wanted.attempt}",
+            key=f"{RETRY}{wanted.step}:{wanted.attempt}",
             kind=WaitKind.TIMER,
             title=f"the next try of {wanted.step}",
             step=wanted.step,

@@ -5,7 +5,6 @@ Owns words and markup; decides nothing. Everything also has a text form, for con
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import datetime
 from html import escape
@@ -82,22 +81,14 @@ def clock(at: float) -> str:
     return moment.strftime("%H:%M") if moment.date() == today else moment.strftime("%Y-%m-%d %H:%M")
 
 
-def _served(home: Home) -> str | None:
-    """Return where pages are served now."""
-    try:
-        return str(json.loads(home.dashboard.read_text())["url"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def pages(home: Home, settings: Settings) -> str:
     """Return the address under which others reach the pages, or would once they are up."""
-    return settings.pages_url.rstrip("/") or _served(home) or f"http://127.0.0.1:{settings.dashboard_port}"
+    return settings.pages_url.rstrip("/") or home.served() or f"http://127.0.0.1:{settings.dashboard_port}"
 
 
 def _page(home: Home, wait: Wait) -> str | None:
     """Return the address of the approval's page, where pages are served now."""
-    url = _served(home)
+    url = home.served()
     return f"{url}/ui/approvals/{wait.id}" if url else None
 
 

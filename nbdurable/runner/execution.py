@@ -26,6 +26,7 @@ from papermill.engines import NotebookExecutionManager
 
 from nbdurable.errors import NotebookError
 from nbdurable.models import ErrorInfo, Run, Step, StepStatus
+from nbdurable.runner.hooks import Hooks
 from nbdurable.runner.kernels import Kernel
 from nbdurable.runner.notebooks import is_executed, step_name
 
@@ -73,6 +74,8 @@ class Assignment:
     steps: Callable[[], Sequence[Step]]
     stop: Event = field(default_factory=Event)
     disowned: Event = field(default_factory=Event)
+    hooks: Hooks | None = None
+    begins: Literal["start", "resume"] = "start"
     outcome: Outcome | None = None
 
 
@@ -314,6 +317,8 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
             outcome = self._execute_cells()
             if self._assignment is not None:
                 self._assignment.outcome = outcome
+                if self._assignment.hooks is not None:
+                    run_sync(self._assignment.hooks.look)(client)
             self.set_widgets_metadata()
         finally:
             client.stop_channels()
@@ -331,7 +336,11 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
             )
 
     def _execute_cells(self) -> Outcome:
+        begun = False
         for index, cell in enumerate(self.nb.cells):
+            if not begun and self._is_step(cell):
+                begun = True
+                self._tell_beginning()
             if self._assignment is not None and self._assignment.stop.is_set():
                 return Outcome("stop", "it was asked to stop")
             self._reply = {}
@@ -355,6 +364,15 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
             if self._assignment is not None and is_last(cell, self._assignment.run):
                 return Outcome("complete", f"it stopped behind step {self._assignment.run.until!r}, as asked")
         return Outcome("complete", "every cell was executed")
+
+    def _is_step(self, cell: Any) -> bool:
+        every = self._assignment is not None and self._assignment.run.steps_mode == "all"
+        return is_executed(cell) and (every or step_name(cell.source) is not None)
+
+    def _tell_beginning(self) -> None:
+        assignment = self._assignment
+        if assignment is not None and assignment.hooks is not None and not assignment.stop.is_set():
+            run_sync(assignment.hooks.tell_beginning)(self.kc, assignment.begins)
 
     def _outcome_of(self, cell: Any) -> Outcome | None:
         """Return how a cell ended the notebook; None where the next one follows."""

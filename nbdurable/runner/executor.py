@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from nbdurable.client import Client
 from nbdurable.contract import END_LEASE, FAIL_STEP, GET_RUN, HEARTBEAT, ByRun, EndLease, FailStep, Heartbeat
 from nbdurable.errors import DurableError, Fenced, NotebookError
-from nbdurable.models import ErrorInfo, Run, RunStatus, Step, StepStatus
+from nbdurable.models import ErrorInfo, Run, RunDetail, RunStatus, Step, StepStatus
 from nbdurable.policies import span
 from nbdurable.processes import identity
+from nbdurable.runner.hooks import Hooks
 from nbdurable.runner.kernels import Kernel
 from nbdurable.runner.notebooks import output_path, read_snapshot, step_cells
 from nbdurable.settings import Home, Settings
@@ -84,6 +85,7 @@ class Executor:
         self._log = log
         self._timeout_s = 0.0
         self._over = threading.Event()
+        self._telling = threading.Event()  # hooks are told how the notebook ended: they have their own limit
         self._beat_now = threading.Event()
 
     def execute(self) -> int:
@@ -99,13 +101,19 @@ class Executor:
         try:
             kernel = self._kernel(run)
         except Exception as error:
-            return self._report(_failure(run, self.epoch, error))
+            end = _failure(run, self.epoch, error)
+            self._hooks(None).tell_end(end.how, end.reason, end.error)
+            return self._report(end)
         threads = [threading.Thread(target=self._watch, args=(kernel,), daemon=True)]
         threads.append(threading.Thread(target=self._keep_lease, args=(kernel,), daemon=True))
         for thread in threads:
             thread.start()
         try:
-            end = self._end_of(self._execute(run, kernel), kernel)
+            hooks = self._hooks(kernel)
+            end = self._end_of(self._execute(run, kernel, hooks), kernel)
+            if not self.stop.disowned.is_set():
+                self._telling.set()
+                hooks.tell_end(end.how, end.reason, end.error)
             if end.how in ("lose", "release", "cancel", "time_out") or (
                 end.how == "fail" and run.retries
             ):  # somebody else may go on at once
@@ -143,13 +151,24 @@ class Executor:
             on_start=self._kernel_started,
         )
 
+    def _hooks(self, kernel: Kernel | None) -> Hooks:
+        return Hooks(
+            self.client,
+            self.home,
+            self.settings,
+            kernel,
+            run_id=self.run_id,
+            epoch=self.epoch,
+            log=self._log,
+        )
+
     def _kernel_started(self) -> None:
         fault_point("kernel-started")
         self._beat_now.set()
 
     # Execution ----------------------------------------------------------------------------------------------
 
-    def _execute(self, run: Run, kernel: Kernel) -> EndLease:
+    def _execute(self, run: RunDetail, kernel: Kernel, hooks: Hooks) -> EndLease:
         """Execute the notebook, and return what is to be said of it."""
         try:
             kernel.start()  # it needs as long as these imports do
@@ -174,6 +193,8 @@ class Executor:
                 steps=self._steps,
                 stop=self.stop.asked,
                 disowned=self.stop.disowned,
+                hooks=hooks,
+                begins="resume" if any(step.attempts for step in run.steps) else "start",
             )
             with contextlib.suppress(PapermillExecutionError):  # a cell raised: the outcome tells more
                 papermill.execute_notebook(
@@ -312,7 +333,7 @@ class Executor:
         while not self._over.wait(_TICK_S):
             if os.getppid() != self._worker:
                 self.stop.ask(Wish.ORPHANED)
-            if self.stop.wish is None:
+            if self.stop.wish is None or (self._telling.is_set() and not self.stop.disowned.is_set()):
                 continue
             asked_at = asked_at or time.monotonic()
             waited_s = time.monotonic() - asked_at

@@ -151,6 +151,7 @@ def test_public_names() -> None:
         "load",
         "map",
         "map_async",
+        "on",
         "recipe",
         "result",
         "skip_rest",

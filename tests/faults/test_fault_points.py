@@ -30,6 +30,7 @@ DEADLINE_S = 90.0
 CELLS = [
     ("setup", "%load_ext nbdurable\nimport nbdurable as durable\nimport random\nimport numpy as np\nrandom.seed(7)\n"
               "class Note:\n    def __init__(self, text):\n        self.text = text\n"
+              "@durable.on('success')\ndef tell(run):\n    print('told')\n"
               "@durable.step\ndef repeated(letter):\n    print('repeating', letter)\n"
               "    return [Note(letter * 50_000), random.random()]"),
     ("one", "%%step one\nbig = np.arange(20_000)\nnotes = [Note('a')]\nalias = notes\nprint('one', random.random())"),
