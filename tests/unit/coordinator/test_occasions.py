@@ -62,7 +62,7 @@ def test_a_failure_is_told_once_until_somebody_resumes(world: World) -> None:
         assert await asked(engine, run, "failure", "fail") is None
         assert (await asked(engine, run, "failure", "fail", name="other")).key == key
         await finish(engine, run, "fail")
-        await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+        await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
         again = await lease(engine, driver())
         assert (await asked(engine, again, "failure", "fail")).key == "failure:1"
         events = (await engine.answer(contract.READ_EVENTS, contract.ReadEvents(run_id=run.id))).events
