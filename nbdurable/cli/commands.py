@@ -238,7 +238,7 @@ def run(
     allowed = None if budget is None else spending.budget(budget)
     values = (parameters.read_file(file) if file else {}) | parameters.read_pairs(parameter or ())
     from nbdurable.cli.follow import heading
-    from nbdurable.runner.notebooks import create_headless
+    from nbdurable.notebooks import create_headless
 
     screen = Screen(json=as_json)
     client = connect(notebook, existing=False)

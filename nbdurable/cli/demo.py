@@ -118,7 +118,7 @@ def _notebook() -> bytes:
 def _play(
     client: Client, folder: Path, evidence: Evidence, screen: Screen, *, yes: bool, question: str | None
 ) -> int:
-    from nbdurable.runner.notebooks import create_headless
+    from nbdurable.notebooks import create_headless
 
     command = hint(client.home)
     report, output = folder / "report.md", folder / "research_agent.out.ipynb"

@@ -175,7 +175,7 @@ def _store(name: str, home: Home) -> Iterator[Check]:
 
 
 def _kernels(name: str, home: Home) -> Iterator[Check]:
-    from nbdurable.runner.notebooks import kernel_names
+    from nbdurable.notebooks import kernel_names
 
     names = kernel_names()
     yield Check(

@@ -41,7 +41,7 @@ from nbdurable.settings import find_project
 
 if TYPE_CHECKING:
     from nbdurable.kernel.foresight import Foreseen
-    from nbdurable.runner.notebooks import Prepared
+    from nbdurable.notebooks import Prepared
 
 MAX_SAMPLES = 100
 _DONE = (StepStatus.COMPLETED, StepStatus.REPLAY)
@@ -75,7 +75,7 @@ def fork(
     by: str,
 ) -> Change:
     """Plan a new run that shares the checkpoints before the step `start` (None: the one at which the run stopped)."""
-    from nbdurable.runner.notebooks import check_output, keep
+    from nbdurable.notebooks import check_output, keep
 
     source = client.call(GET_RUN, ByRun(run_id=typed))
     path, prepared = _version(client, source, notebook, parameters)
@@ -128,7 +128,7 @@ def fork(
 
 def replay(client: Client, source: RunDetail, parameters: Mapping[str, Any] | None = None) -> Change:
     """Plan a new run of the same version of the notebook, with the same parameters or some edited ones."""
-    from nbdurable.runner.notebooks import keep
+    from nbdurable.notebooks import keep
 
     if source.snapshot is None:
         raise Conflict(
@@ -173,7 +173,7 @@ def repair(
     by: str,
 ) -> Change:
     """Plan a change of a run's own past: another version of its notebook, steps that run again, values set by hand."""
-    from nbdurable.runner.notebooks import keep
+    from nbdurable.notebooks import keep
 
     source = client.call(GET_RUN, ByRun(run_id=typed))
     lifecycle.move(source.status, lifecycle.Happening.REPAIR, run=f"run {source.short}")
@@ -239,7 +239,7 @@ def repair(
 
 def resume(client: Client, typed: str, *, take_over: bool) -> Change:
     """Plan that a run goes on headless: one that was driven interactively with its notebook as it is now."""
-    from nbdurable.runner.notebooks import keep, read_snapshot
+    from nbdurable.notebooks import keep, read_snapshot
 
     source = client.call(GET_RUN, ByRun(run_id=typed))
     driven = source.driver is not None and source.driver.kind is DriverKind.INTERACTIVE
@@ -304,7 +304,7 @@ def _version(
 
     That of a run which was driven interactively is its file as it is now, unless its `snapshot` is asked for.
     """
-    from nbdurable.runner.notebooks import prepare, read_snapshot
+    from nbdurable.notebooks import prepare, read_snapshot
 
     values = {**source.parameters, **(parameters or {})}
     path = Path(source.notebook) if notebook is None else notebook.expanduser().absolute()

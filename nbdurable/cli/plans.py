@@ -55,7 +55,7 @@ def print_plan(target: str, screen: Screen) -> None:
         newest = detail
         notebook = Path(newest.notebook)
         if newest.snapshot is not None and newest.kind is DriverKind.HEADLESS:
-            from nbdurable.runner.notebooks import read_snapshot
+            from nbdurable.notebooks import read_snapshot
 
             cells = list(read_snapshot(client.home, newest)["cells"])
         else:
@@ -118,7 +118,7 @@ def _newest(client: Client, notebook: Path) -> Run | None:
 def _cells_now(notebook: Path, run: Run | None) -> list[dict[str, object]]:
     """Return the cells of a notebook's file, with the parameters of a headless run put in as it had them."""
     if run is None or run.kind is DriverKind.HEADLESS or run.parameters:
-        from nbdurable.runner.notebooks import prepare
+        from nbdurable.notebooks import prepare
 
         found = prepare(
             notebook, run.parameters if run else {}, steps_mode=run.steps_mode if run else "marked"

@@ -73,7 +73,7 @@ def near(path: Path) -> str:
 
 def with_output(home: Home, run: RunDetail) -> RunDetail:
     """Return a run that says where its output notebook stands, where the user named no place for it."""
-    from nbdurable.runner.notebooks import output_path
+    from nbdurable.notebooks import output_path
 
     if (
         run.output is not None

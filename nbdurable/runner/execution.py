@@ -26,9 +26,9 @@ from papermill.engines import NotebookExecutionManager
 
 from nbdurable.errors import NotebookError
 from nbdurable.models import ErrorInfo, Run, Step, StepStatus
+from nbdurable.notebooks import is_executed, step_name
 from nbdurable.runner.hooks import Hooks
 from nbdurable.runner.kernels import Kernel
-from nbdurable.runner.notebooks import is_executed, step_name
 
 EXTENSION = "nbdurable.kernel.extension"
 _DIE_WITH_US = "__import__('ctypes').CDLL(None).prctl(1, 9, 0, 0, 0)"  # PR_SET_PDEATHSIG, SIGKILL

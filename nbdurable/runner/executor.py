@@ -23,11 +23,11 @@ from nbdurable.client import Client
 from nbdurable.contract import END_LEASE, FAIL_STEP, GET_RUN, HEARTBEAT, ByRun, EndLease, FailStep, Heartbeat
 from nbdurable.errors import DurableError, Fenced, NotebookError
 from nbdurable.models import ErrorInfo, Run, RunDetail, RunStatus, Step, StepStatus
+from nbdurable.notebooks import output_path, read_snapshot, step_cells
 from nbdurable.policies import span
 from nbdurable.processes import identity
 from nbdurable.runner.hooks import Hooks
 from nbdurable.runner.kernels import Kernel
-from nbdurable.runner.notebooks import output_path, read_snapshot, step_cells
 from nbdurable.settings import Home, Settings
 from nbdurable.telemetry import fault_point
 

@@ -18,11 +18,13 @@ MAY_IMPORT = {
     "store": BASE | {"store"},
     "checkpoint": BASE | {"checkpoint"},
     "client": BASE | {"client"},
+    "notebooks": BASE | {"checkpoint", "client", "notebooks"},
     "coordinator": BASE | {"store", "checkpoint", "client", "coordinator"},
-    "kernel": BASE | {"checkpoint", "client", "kernel"},
-    "runner": BASE | {"checkpoint", "client", "runner"},
+    "kernel": BASE | {"checkpoint", "client", "notebooks", "kernel"},
+    "runner": BASE | {"checkpoint", "client", "notebooks", "runner"},
     "dashboard": BASE | {"checkpoint", "client", "dashboard"},
-    "cli": BASE | {"store", "checkpoint", "client", "coordinator", "kernel", "runner", "dashboard", "cli"},
+    "cli": BASE
+    | {"store", "checkpoint", "client", "notebooks", "coordinator", "kernel", "runner", "dashboard", "cli"},
     "__main__": {"cli"},
 }
 DOORS = {
@@ -31,7 +33,7 @@ DOORS = {
     "ipykernel": {"kernel"},
     "papermill": {"runner"},
     "nbclient": {"runner"},
-    "jupyter_client": {"runner"},
+    "jupyter_client": {"notebooks", "runner"},
     "panel": {"dashboard"},
     "bokeh": {"dashboard"},
     "bokeh_fastapi": {"dashboard"},

@@ -19,7 +19,7 @@ from nbdurable.checkpoint.manifest import unseal
 from nbdurable.cli.past import fork
 from nbdurable.client import Client
 from nbdurable.models import RunStatus, WaitKind
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.security import load_key
 from nbdurable.settings import Home
 from nbdurable.telemetry import FAULT_POINTS

@@ -20,7 +20,7 @@ from nbdurable import contract
 from nbdurable.checkpoint.manifest import unseal
 from nbdurable.client import Client
 from nbdurable.models import RunStatus
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.security import load_key
 from nbdurable.settings import Home
 from tests.faults.test_random_kills import all_events

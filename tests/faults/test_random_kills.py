@@ -20,7 +20,7 @@ import pytest
 from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.models import Event, Run, RunStatus
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
 

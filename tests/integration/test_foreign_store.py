@@ -15,7 +15,7 @@ import nbdurable as durable
 from nbdurable.cli.commands import app
 from nbdurable.client import Client
 from nbdurable.errors import Untrusted
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
 from tests.tools.kernels import Kernel

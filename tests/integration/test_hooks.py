@@ -12,7 +12,7 @@ from nbdurable import contract
 from nbdurable.cli.doctor import examine
 from nbdurable.client import Client
 from nbdurable.models import RunDetail, RunStatus
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
 

@@ -14,7 +14,7 @@ import pytest
 from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.models import Budget, RunDetail, RunStatus
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
 from tests.tools.commands import Project

@@ -15,7 +15,7 @@ from nbdurable.cli import past
 from nbdurable.client import Client
 from nbdurable.errors import LeaseHeld, NotFound, UsageError
 from nbdurable.models import DriverKind, Run, RunDetail, RunStatus
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
 from tests.tools.kernels import Kernel

@@ -14,7 +14,7 @@ import pytest
 from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.models import RunDetail, RunStatus, Step, WaitKind
-from nbdurable.runner.notebooks import create_headless, output_path
+from nbdurable.notebooks import create_headless, output_path
 from nbdurable.settings import Home
 from tests.tools import notebooks
 from tests.tools.kernels import Kernel

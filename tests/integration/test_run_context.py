@@ -11,8 +11,8 @@ import pytest
 from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.models import Driver, DriverKind, RunDetail, RunStatus
+from nbdurable.notebooks import create_headless
 from nbdurable.processes import identity
-from nbdurable.runner.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
 from tests.tools.kernels import Kernel

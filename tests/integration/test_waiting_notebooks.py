@@ -12,7 +12,7 @@ from nbdurable import contract
 from nbdurable.client import Client
 from nbdurable.errors import UsageError
 from nbdurable.models import RunDetail, RunStatus, Wait, WaitStatus
-from nbdurable.runner.notebooks import create_headless
+from nbdurable.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
 from tests.tools.kernels import Kernel

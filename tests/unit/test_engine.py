@@ -16,8 +16,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from nbdurable.errors import NotebookError
 from nbdurable.models import Attempt, Step, StepStatus
+from nbdurable.notebooks import prepare
 from nbdurable.runner import execution
-from nbdurable.runner.notebooks import prepare
 
 
 def _notebook(path: Path, *sources: str) -> Path:

@@ -16,7 +16,7 @@ from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.client import Client
 from nbdurable.errors import BlobDamaged, BlobMissing, NotebookError, ParameterError, StepUsageError
 from nbdurable.models import DriverKind, Run, RunStatus
-from nbdurable.runner.notebooks import (
+from nbdurable.notebooks import (
     check_output,
     create_headless,
     output_path,
