@@ -25,6 +25,17 @@ _HOMES = {
     "timer": "nbdurable.kernel.waits",
     "Decision": "nbdurable.kernel.waits",
     "WaitTimeout": "nbdurable.errors",
+    "ChildFailed": "nbdurable.errors",
+    "RunHandle": "nbdurable.kernel.children",
+    "child": "nbdurable.kernel.children",
+    "trigger": "nbdurable.kernel.children",
+    "trigger_and_wait": "nbdurable.kernel.children",
+    "trigger_and_wait_async": "nbdurable.kernel.children",
+    "trigger_async": "nbdurable.kernel.children",
+    "trigger_batch": "nbdurable.kernel.children",
+    "trigger_batch_and_wait": "nbdurable.kernel.children",
+    "trigger_batch_and_wait_async": "nbdurable.kernel.children",
+    "trigger_batch_async": "nbdurable.kernel.children",
     "current_run": "nbdurable.kernel.context",
     "result": "nbdurable.kernel.context",
     "skip_rest": "nbdurable.kernel.context",
@@ -46,17 +57,20 @@ _HOMES = {
 
 __all__ = [
     "Abort",
+    "ChildFailed",
     "Client",
     "Decision",
     "DurableError",
     "Failed",
     "RetryAfter",
+    "RunHandle",
     "WaitTimeout",
     "all_of",
     "all_of_async",
     "approval",
     "approve",
     "approve_async",
+    "child",
     "current_run",
     "event",
     "first_of",
@@ -75,14 +89,34 @@ __all__ = [
     "sleep_until_async",
     "step",
     "timer",
+    "trigger",
+    "trigger_and_wait",
+    "trigger_and_wait_async",
+    "trigger_async",
+    "trigger_batch",
+    "trigger_batch_and_wait",
+    "trigger_batch_and_wait_async",
+    "trigger_batch_async",
     "wait_for",
     "wait_for_async",
 ]
 
 if TYPE_CHECKING:
     from nbdurable.client import Client
-    from nbdurable.errors import Abort, DurableError, RetryAfter, WaitTimeout
+    from nbdurable.errors import Abort, ChildFailed, DurableError, RetryAfter, WaitTimeout
     from nbdurable.kernel.calls import step
+    from nbdurable.kernel.children import (
+        RunHandle,
+        child,
+        trigger,
+        trigger_and_wait,
+        trigger_and_wait_async,
+        trigger_async,
+        trigger_batch,
+        trigger_batch_and_wait,
+        trigger_batch_and_wait_async,
+        trigger_batch_async,
+    )
     from nbdurable.kernel.context import current_run, result, skip_rest
     from nbdurable.kernel.hooks import on
     from nbdurable.kernel.ledger import ledger

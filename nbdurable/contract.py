@@ -48,6 +48,9 @@ Question = TypeVar("Question", bound=Shape)
 Answer = TypeVar("Answer", bound=Shape)
 
 HOLD_S = 20.0  # longest time that a long poll is held
+KEY_LIFE_S = 30 * 86_400.0  # how long an idempotency key returns the first run
+MAX_KEY_LIFE_S = 365 * 86_400.0
+MAX_CHILDREN = 1000  # that one request starts
 EVENT_LIFE_S = 7 * 86_400.0  # how long a sent event is kept for runs that will wait for it
 MAX_EVENT_LIFE_S = 30 * 86_400.0
 
@@ -102,6 +105,12 @@ class CreateRun(Shape):
     cwd: str | None = None
     tags: tuple[str, ...] = ()
     idempotency_key: str | None = None  # a second request with it returns the first run
+    key_scope: Literal["run", "global"] = "global"  # whether it counts among the parent's children only
+    key_ttl_s: float = Field(KEY_LIFE_S, gt=0, le=MAX_KEY_LIFE_S)
+    call: str | None = (
+        None  # of a child without a key: names the call that starts it, within its parent's step
+    )
+    cancel_with_parent: bool = False
     steps_total: int | None = None
     retries: int = Field(0, ge=0, le=MAX_RETRIES)
     on_exhausted: Literal["fail", "pause"] = "fail"
@@ -111,6 +120,18 @@ class CreateRun(Shape):
     budget: Budget | None = None
     driver: Driver | None = None
     until: str | None = None  # the last step that it executes
+
+
+class StartChildren(Shape):
+    """Start several headless runs in one transaction, as children of the run that the asker drives.
+
+    A run that has a key, or whose call has started one before, is not started again: the first one is returned.
+    """
+
+    run_id: str
+    epoch: int
+    step: str | None = None
+    children: tuple[CreateRun, ...] = Field(min_length=1, max_length=MAX_CHILDREN)
 
 
 class ListRuns(Shape):
@@ -124,6 +145,12 @@ class ListRuns(Shape):
 
 class Runs(Shape):
     runs: tuple[Run, ...]
+
+
+class CreateRuns(Shape):
+    """Create several headless runs in one transaction."""
+
+    runs: tuple[CreateRun, ...] = Field(min_length=1, max_length=MAX_CHILDREN)
 
 
 class ReadEvents(Shape):
@@ -531,6 +558,8 @@ class WaitSpec(Shape):
     remind_every_s: float | None = None
     callback: str | None = None
     is_secret: bool = False
+    child: str | None = None  # children: the id of a run that exists
+    start: CreateRun | None = None  # children: the run that is started in the same transaction
 
 
 class OpenWait(WaitSpec):
@@ -715,6 +744,10 @@ class Table(Shape):
 HEALTH = Endpoint("GET", "/v1/health", Nothing, Health, "Say that the coordinator is there, and which one.")
 SHUTDOWN = Endpoint("POST", "/v1/shutdown", Nothing, Nothing, "End the coordinator cleanly; runs stay.")
 CREATE_RUN = Endpoint("POST", "/v1/runs", CreateRun, Run, "Create a run.")
+CREATE_RUNS = Endpoint("POST", "/v1/runs/batch", CreateRuns, Runs, "Create several runs together.")
+START_CHILDREN = Endpoint(
+    "POST", "/v1/runs/{run_id}/children", StartChildren, Runs, "Start runs as children of a run."
+)
 LIST_RUNS = Endpoint("GET", "/v1/runs", ListRuns, Runs, "List runs, newest first.")
 GET_RUN = Endpoint("GET", "/v1/runs/{run_id}", ByRun, RunDetail, "Show a run with its steps and waits.")
 READ_EVENTS = Endpoint(

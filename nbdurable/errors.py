@@ -5,6 +5,7 @@
     │   ├── StepUsageError      a `%%step` line, or a step cell, that can't be used
     │   ├── NotebookError       a notebook that is missing, damaged, too old, or has no such kernel
     │   └── ParameterError      an unknown parameter, or one that can't be passed
+    ├── ChildFailed             a run that this one waited for did not complete
     ├── WaitTimeout             nobody answered a wait in time (a TimeoutError as well)
     ├── NotFound                no run, step or wait of that name
     ├── Conflict                the object is in a state that forbids it
@@ -89,6 +90,26 @@ class ParameterError(UsageError):
 
 class WaitTimeout(DurableError, TimeoutError):
     """Nobody answered this wait in time"""
+
+
+class ChildFailed(DurableError):
+    """A run that this one waited for did not complete
+
+    `run_id`, `status`: which, and what became of it. `error`: its own error as text, "" where it has none.
+    """
+
+    def __init__(
+        self, message: str = "", *, todo: str = "", run_id: str = "", status: str = "", error: str = ""
+    ) -> None:
+        super().__init__(message, todo=todo)
+        self.run_id, self.status, self.error = run_id, status, error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_child_failed, (self.message, self.todo, self.run_id, self.status, self.error))
+
+
+def _child_failed(message: str, todo: str, run_id: str, status: str, error: str) -> ChildFailed:
+    return ChildFailed(message, todo=todo, run_id=run_id, status=status, error=error)
 
 
 class NotFound(DurableError):

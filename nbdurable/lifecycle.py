@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from nbdurable.errors import IllegalMove
-from nbdurable.models import DriverKind, RunStatus
+from nbdurable.models import DriverKind, Run, RunStatus, WaitAnswer
 
 MAX_RECOVERIES = 10
 
@@ -150,6 +150,29 @@ def cancellation(status: RunStatus, kind: DriverKind) -> Happening:
     if status is RunStatus.RUNNING and kind is DriverKind.HEADLESS:
         return Happening.REQUEST_CANCEL
     return Happening.CANCEL
+
+
+def outcome(child: Run, at: float) -> WaitAnswer:
+    """Return what the end of a run answers to those who wait for it."""
+    if child.status is RunStatus.COMPLETED:
+        return WaitAnswer(approved=True, value=child.result, by="child", at=at)
+    value = {
+        "run_id": child.id,
+        "status": child.status.value,
+        "reason": child.reason,
+        "epoch": child.epoch,
+        "error": child.error and {"name": child.error.name, "message": child.error.message},
+    }
+    return WaitAnswer(approved=False, value=value, by="child", at=at)
+
+
+def falls(child: Run, parent: Run) -> bool:
+    """Tell whether a child is to be cancelled because of what became of its parent."""
+    if not child.is_tied or child.cancel_requested or child.status.is_final:
+        return False
+    if parent.status is RunStatus.CANCELLED or parent.cancel_requested:
+        return True
+    return child.cancel_with_parent and parent.status.is_final and parent.status is not RunStatus.COMPLETED
 
 
 def mermaid() -> str:

@@ -230,6 +230,7 @@ class Wait(Shape):
     remind_at: float | None = None  # when the next reminder is due
     reminders: int = 0  # how many there were
     callback: str | None = None  # digest of the secret with which its callback URL ends
+    child: str | None = None  # children: the id of the run whose end answers it
     is_secret: bool = False  # its answer is kept in memory only, and shown nowhere
     misfit_seq: int = 0  # events: the newest one that was kept out, its payload being no answer
     created_at: float
@@ -315,6 +316,16 @@ class Run(Shape):
         str, ...
     ] = ()  # digests of the versions that it had before repairs and hand-overs
     budget: Budget | None = None
+    parent_id: str | None = None  # the run that started it
+    parent_step: str | None = None
+    root_id: str | None = None  # the run on top of its tree; None: itself
+    trace_id: str = ""  # W3C: 32 hex digits, those of the root
+    depth: int = 0  # how many runs stand above it
+    cancel_with_parent: bool = False  # whether it is cancelled when its parent ends without having completed
+    is_tied: bool = True  # whether it is cancelled with its parent: until somebody resumes it by hand
+    key_expires_at: float | None = (
+        None  # until when its idempotency key returns it; None: 30 days after its creation
+    )
     created_at: float
     started_at: float | None = None
     ended_at: float | None = None

@@ -90,6 +90,58 @@ def create_headless(
     Raises NotebookError, StepUsageError, ParameterError or UsageError for what can't be run, before anything is
     created.
     """
+    question, warnings = request(
+        lambda prepared: keep(client.home, prepared),
+        notebook,
+        parameters=parameters,
+        output=output,
+        steps_mode=steps_mode,
+        questions=questions,
+        kernel_name=kernel_name,
+        cwd=cwd,
+        tags=tags,
+        idempotency_key=idempotency_key,
+        retries=retries,
+        on_exhausted=on_exhausted,
+        timeout=timeout,
+        delay=delay,
+        ttl=ttl,
+        until=until,
+        budget=budget,
+    )
+    if warn is not None:
+        for sentence in warnings:
+            warn(sentence)
+    run = client.call(CREATE_RUN, question)
+    if warn is not None and (said := other_than_asked(run, question)):
+        warn(said)
+    return run
+
+
+def request(
+    write: Callable[[Prepared], str],
+    notebook: Path,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    output: Path | None = None,
+    steps_mode: StepsMode = "marked",
+    questions: bool = True,
+    kernel_name: str | None = None,
+    cwd: Path | None = None,
+    tags: tuple[str, ...] = (),
+    idempotency_key: str | None = None,
+    retries: int = 0,
+    on_exhausted: str = "fail",
+    timeout: str | float | timedelta | None = None,
+    delay: str | float | timedelta = 0.0,
+    ttl: str | float | timedelta | None = None,
+    until: str | None = None,
+    budget: str | float | Budget | None = None,
+) -> tuple[CreateRun, tuple[str, ...]]:
+    """Return the question that asks for a run of a notebook as it is now, and what people should know about it.
+
+    `write` writes its snapshot, and returns the digest. The other arguments are those of `create_headless`.
+    """
     policy = Retry.of(retries, on_exhausted=on_exhausted)
     timeout_s, ttl_s = _some("timeout", timeout), _some("ttl", ttl)
     delay_s = seconds(delay)
@@ -106,11 +158,10 @@ def create_headless(
         raise NotebookError(
             f"the working directory {cwd} is no folder", todo="create it, or name another one"
         )
-    digest = keep(client.home, prepared)
     question = CreateRun(
         notebook=str(notebook),
         kind=DriverKind.HEADLESS,
-        snapshot=digest,
+        snapshot=write(prepared),
         parameters=prepared.parameters,
         steps_mode=steps_mode,
         questions=questions,
@@ -128,20 +179,18 @@ def create_headless(
         ttl_s=ttl_s,
         until=until,
     )
-    if warn is not None:
-        for sentence in prepared.warnings:
-            warn(sentence)
-    run = client.call(CREATE_RUN, question)
-    if warn is not None and (run.notebook, run.snapshot, run.parameters) != (
-        question.notebook,
-        digest,
-        question.parameters,
-    ):
-        warn(
-            f"the key {idempotency_key!r} belongs to run {run.short} of {Path(run.notebook).name}, which is returned: "
-            "its notebook or its parameters are others than those given now"
-        )
-    return run
+    return question, prepared.warnings
+
+
+def other_than_asked(run: Run, question: CreateRun) -> str:
+    """Say that a key returned a run of something else than what was asked for; "" where it did not."""
+    asked = (question.notebook, question.snapshot, question.parameters)
+    if question.idempotency_key is None or (run.notebook, run.snapshot, run.parameters) == asked:
+        return ""
+    return (
+        f"the key {question.idempotency_key!r} belongs to run {run.short} of {Path(run.notebook).name}, which is "
+        "returned: its notebook or its parameters are others than those given now"
+    )
 
 
 def _some(what: str, duration: str | float | timedelta | None) -> float | None:
@@ -223,7 +272,7 @@ def prepare(
     warnings: list[str] = []
     kernel = _kernel(nb, notebook, kernel_name, warnings)
     names = step_cells(nb, notebook)
-    values = {name: _plain(value, name) for name, value in parameters.items()}
+    values = plain(parameters)
     if values:
         _check_names(nb, notebook, values, warnings)
         _inject(nb, values)
@@ -404,6 +453,11 @@ def _kernel(nb: Notebook, notebook: Path, wanted: str | None, warnings: list[str
 
 
 # Parameters ------------------------------------------------------------------------------------------------
+
+
+def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters as JSON; raises ParameterError for one that can't be passed."""
+    return {name: _plain(value, name) for name, value in parameters.items()}
 
 
 def _plain(value: Any, name: str) -> Any:

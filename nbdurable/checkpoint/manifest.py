@@ -155,6 +155,9 @@ class Manifest(Shape):
     outputs: Blob | None = None  # JSON list of nbformat outputs
     resume_at: int | None = None  # top-level statement at which a waiting cell goes on
     wait_keys: tuple[str, ...] = ()
+    starts: dict[str, int] = Field(
+        default_factory=dict
+    )  # of a waiting cell: how often it started each run so far
     skips_rest: str | None = None  # why the notebook ends behind this step
     by_hand: str = ""  # who did the step by hand, and when; it left nothing, and its code was not run
 

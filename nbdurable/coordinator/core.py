@@ -11,7 +11,8 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nbdurable import contract, lifecycle
@@ -31,6 +32,26 @@ _FORCE_S = 5.0  # beyond `cancel_grace_s`, after which the coordinator itself en
 _PAGE = 1000
 
 log = logging.getLogger("nbdurable.coordinator")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one run that is held: events, its new row, rows of its waits."""
+
+    live: Live
+    events: tuple[NewEvent, ...]
+    run: Run | None = None
+    waits: tuple[Wait, ...] = ()
+
+    @property
+    def ends(self) -> bool:
+        """Tell whether the run ends by it."""
+        return self.run is not None and self.run.status.is_final and not self.live.run.status.is_final
+
+
+@asynccontextmanager
+async def _nobody(_: Run) -> AsyncIterator[list[Change]]:
+    yield []
 
 
 class Core:
@@ -63,6 +84,14 @@ class Core:
         self.timers: dict[str, float] = {}  # wait id → when time has something to do with it
         self.delayed: dict[str, float] = {}  # run id → when it begins
         self.expiring: dict[str, float] = {}  # run id → when it expires
+        self.awaited: dict[str, set[str]] = {}  # run id → ids of the open waits for its end
+        self.to_offer: set[str] = set()  # ids of open waits that may have missed what they wait for
+        self.children: dict[str, set[str]] = {}  # run id → ids of its open children
+        self.fallen: dict[
+            str, None
+        ] = {}  # ids of runs whose end, or cancelling, their children have to hear of
+        self.awaiting: Callable[[Run], AbstractAsyncContextManager[list[Change]]] = _nobody
+        """Holds the runs that wait for one which ends, and gives what its end means to them."""
         self.stopping = False
         self.trouble = ""  # why the newest change could not be stored
         self._rebuild()
@@ -80,6 +109,9 @@ class Core:
             elif run.status is RunStatus.QUEUED:
                 self.queue[run.id] = None
             self._time(run)
+            if run.parent_id is not None:
+                self.children.setdefault(run.parent_id, set()).add(run.id)
+                self.fallen[run.parent_id] = None  # a crash may have come before they heard of it
         for wait in self.store.open_waits():
             self.keep_wait(wait)
 
@@ -107,6 +139,8 @@ class Core:
         if wait.status is WaitStatus.OPEN:
             self.waits[wait.id] = wait
             self.waits_of.setdefault(wait.run_id, set()).add(wait.id)
+            if wait.child is not None:
+                self.awaited.setdefault(wait.child, set()).add(wait.id)
             if (at := wait.next_at) is not None:
                 self.timers[wait.id] = at
             else:
@@ -114,10 +148,9 @@ class Core:
         else:
             self.waits.pop(wait.id, None)
             self.timers.pop(wait.id, None)
-            if (ids := self.waits_of.get(wait.run_id)) is not None:
-                ids.discard(wait.id)
-                if not ids:
-                    del self.waits_of[wait.run_id]
+            _discard(self.waits_of, wait.run_id, wait.id)
+            if wait.child is not None:
+                _discard(self.awaited, wait.child, wait.id)
 
     async def new_wait_id(self) -> str:
         """Return an id that no wait has had."""
@@ -250,22 +283,64 @@ class Core:
         self, live: Live, events: Iterable[NewEvent], *, run: Run | None = None, waits: Iterable[Wait] = ()
     ) -> tuple[int, ...]:
         """Make a change durable, then apply it to memory; return the events' sequence numbers."""
-        events, waits = tuple(events), tuple(waits)
-        ticket = self.store.submit(Changes(events, (run,) if run is not None else (), waits))
-        await self._stored(ticket)
-        if run is not None:
-            self._replace(live, run)
-        for wait in waits:
+        events = tuple(events)
+        seqs = await self.commit_all([Change(live, events, run, tuple(waits))])
+        return seqs[: len(events)]
+
+    async def commit_all(self, changes: Iterable[Change]) -> tuple[int, ...]:
+        """Make changes of several runs durable together, with what the end of one means to those that wait for it."""
+        changes = list(changes)
+        async with AsyncExitStack() as held:
+            for run in [change.run for change in changes if change.ends]:
+                assert run is not None
+                if run.id in self.awaited:
+                    changes += await held.enter_async_context(self.awaiting(run))
+            events = [event for change in changes for event in change.events]
+            runs = [change.run for change in changes if change.run is not None]
+            ticket = self.store.submit(
+                Changes(events, runs, [wait for change in changes for wait in change.waits])
+            )
+            await self._stored(ticket)
+            numbers = iter(ticket.seqs)
+            ended = [change.live.run.id for change in changes if change.ends]
+            for change in changes:
+                self._apply(change, [next(numbers) for _ in change.events])
+            for run_id in ended:  # a wait may have opened while this was on its way to the disk
+                self.to_offer |= self.awaited.get(run_id, set())
+        return ticket.seqs
+
+    def _apply(self, change: Change, seqs: list[int]) -> None:
+        """Let memory follow what is durable."""
+        live = change.live
+        if change.run is not None:
+            self._replace(live, change.run)
+        for wait in change.waits:
             self.keep_wait(wait)
             if live.waits is not None:
                 live.waits[wait.key] = wait
         if live.fold is not None:
-            for seq, event in zip(ticket.seqs, events, strict=True):
+            for seq, event in zip(seqs, change.events, strict=True):
                 live.fold.apply(numbered(event, seq))
         if live.lease is None:
             live.fold = None
         live.changed.notify()
-        return ticket.seqs
+
+    @asynccontextmanager
+    async def born(self, lives: Iterable[Live]) -> AsyncIterator[None]:
+        """Hold runs that are about to be made; they are forgotten where that fails."""
+        lives = list(lives)
+        for live in lives:
+            await live.lock.acquire()
+            self.runs[live.run.id] = live
+        try:
+            yield
+        except BaseException:
+            for live in lives:
+                del self.runs[live.run.id]
+            raise
+        finally:
+            for live in lives:
+                live.lock.release()
 
     async def record(self, event: NewEvent) -> int:
         """Make an event of the project's own history durable; return its sequence number."""
@@ -290,6 +365,7 @@ class Core:
         """Put the newest version of a run into memory, and what hangs on its status."""
         live.run = run
         self._time(run)
+        self._relate(run)
         if run.driver is None:
             if live.lease is not None:
                 self.workers.worked(live.lease.driver.process)
@@ -304,6 +380,19 @@ class Core:
                     self.workers.provide()
         else:
             self.queue.pop(run.id, None)
+
+    def _relate(self, run: Run) -> None:
+        """Remember whose child a run is while it is open, and whether its own children have to hear of it."""
+        if run.parent_id is not None:
+            if run.status.is_final:
+                _discard(self.children, run.parent_id, run.id)
+            else:
+                self.children.setdefault(run.parent_id, set()).add(run.id)
+                parent = self.runs.get(run.parent_id)
+                if parent is not None and parent.run.cancel_requested:
+                    self.fallen[run.parent_id] = None
+        if run.id in self.children and (run.status.is_final or run.cancel_requested):
+            self.fallen[run.id] = None
 
     def moved(
         self, run: Run, happening: Happening, reason: str, *, driver: Driver | None = None, **changes: Any
@@ -324,6 +413,8 @@ class Core:
         if Effect.RESET_RECOVERIES in effects:  # somebody begins anew with it
             changes |= {"recoveries": 0, "error": None, "cancel_requested": False}
             changes |= {"failures": 0, "active_s": 0.0, "begins_at": None, "expires_at": None}
+            if run.status is RunStatus.CANCELLED or run.cancel_with_parent:
+                changes["is_tied"] = False  # what became of its parent was known to whoever resumes it
         if Effect.FLAG_CANCEL in effects:
             changes["cancel_requested"] = True
         changes["ended_at"] = at if Effect.END in effects else None
@@ -372,6 +463,14 @@ class Core:
     def close(self) -> None:
         """End the readers' threads."""
         self._readers.shutdown()
+
+
+def _discard(sets: dict[str, set[str]], key: str, member: str) -> None:
+    """Take a member out of one of several sets; an empty one goes."""
+    if (found := sets.get(key)) is not None:
+        found.discard(member)
+        if not found:
+            del sets[key]
 
 
 def numbered(event: NewEvent, seq: int) -> Event:

@@ -15,7 +15,9 @@ from nbdurable import __version__, contract
 from nbdurable.contract import Endpoint
 from nbdurable.coordinator.calls import Calls
 from nbdurable.coordinator.core import Core
+from nbdurable.coordinator.creation import Creation
 from nbdurable.coordinator.driving import Driving
+from nbdurable.coordinator.families import Families
 from nbdurable.coordinator.hooks import Hooks
 from nbdurable.coordinator.past import Past
 from nbdurable.coordinator.runs import Runs
@@ -59,13 +61,14 @@ class Engine:
         self._on_shutdown = on_shutdown
         self._started_at = self._core.clock.now()
         self._driving = Driving(self._core)
-        self._waits = Waits(self._core)
+        creation, self._families = Creation(self._core), Families(self._core)
+        self._waits = Waits(self._core, creation)
         self.handlers: dict[Endpoint[Any, Any], Callable[[Any], Awaitable[Any]]] = {
             contract.HEALTH: self._health,
             contract.SHUTDOWN: self._shutdown,
             contract.SQL: self._sql,
-            **Runs(self._core).handlers(),
-            **Past(self._core).handlers(),
+            **Past(self._core, creation).handlers(),
+            **Runs(self._core, creation, self._families).handlers(),
             **self._driving.handlers(),
             **Sayings(self._core).handlers(),
             **Hooks(self._core, self._driving).handlers(),
@@ -126,6 +129,7 @@ class Engine:
         if self._refusal() is not None:
             return
         await self._waits.catch_up()
+        await self._families.see_to()
         now, elapsed = self._core.clock.now(), self._core.clock.elapsed()
         for wait_id in [wait_id for wait_id, due_at in self._core.timers.items() if due_at <= now]:
             await self._waits.time_over(wait_id)
@@ -160,6 +164,7 @@ class Engine:
             or self._core.timers
             or self._core.delayed
             or self._core.expiring
+            or self._core.fallen
             or any(live.run.status is RunStatus.RUNNING for live in self._core.runs.values())
         )
 

@@ -50,6 +50,7 @@ class Kind(StrEnum):
     RUN_REPAIRED = "run_repaired"
     RUN_DELAYED = "run_delayed"
     BUDGET_SET = "budget_set"
+    CHILD_STARTED = "child_started"
     RESULT_SET = "result_set"
     METADATA_CHANGED = "metadata_changed"
     LOGGED = "logged"

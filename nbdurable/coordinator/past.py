@@ -13,9 +13,8 @@ from typing import Any
 from nbdurable import contract, processes
 from nbdurable.contract import Endpoint
 from nbdurable.coordinator.core import Core, label
+from nbdurable.coordinator.creation import Creation
 from nbdurable.coordinator.fold import Fold, Kind
-from nbdurable.coordinator.names import new_run_id
-from nbdurable.coordinator.runs import KEY_LIFE_S
 from nbdurable.coordinator.state import Live
 from nbdurable.errors import Conflict, LeaseHeld, NotRestorable, UsageError
 from nbdurable.lifecycle import Happening
@@ -24,14 +23,13 @@ from nbdurable.store.port import NewEvent
 from nbdurable.telemetry import fault_point
 
 _BATCH_BYTES = 8 << 20  # of manifests in one submission: the store refuses more than 32 MB
-_NOT_OF_THE_ROW = {"driver", "source", "share", "delay_s", "ttl_s"}
 
 
 class Past:
     """What is asked about the past of runs."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, core: Core, creation: Creation) -> None:
+        self._core, self._creation = core, creation
 
     def handlers(self) -> dict[Endpoint[Any, Any], Callable[[Any], Awaitable[Any]]]:
         """Return who answers which endpoint."""
@@ -49,29 +47,20 @@ class Past:
         source_id = await self._core.resolve(wanted.source)
         async with self._core.creating:
             if wanted.idempotency_key is not None:
-                since = self._core.clock.now() - KEY_LIFE_S
-                first = await self._core.read(self._core.store.run_with_key, wanted.idempotency_key, since)
-                if first is not None:
-                    live = self._core.runs.get(first.id)
-                    return first if live is None else live.run
+                known = await self._creation.known([wanted.idempotency_key])
+                if (first := known.get(wanted.idempotency_key)) is not None:
+                    return first
             async with self._core.locked(source_id) as source:  # no clean-up gets in between
                 return await self._fork(source, wanted)
 
     async def _fork(self, source: Live, wanted: contract.ForkRun) -> Run:
-        at, origin = self._core.clock.now(), source.run
+        origin = source.run
         kept, result = await self._shared(source, wanted.share)
         how = f"forked from run {origin.short} at `{wanted.forked_at}`" if wanted.forked_at else ""
         how = how or f"replay of run {origin.short}"
-        run = Run(
-            id=new_run_id(at),
-            status=RunStatus.QUEUED,
-            reason=f"{how}; waits for a worker",
-            forked_from=origin.id,
-            result=result,
-            created_at=at,
-            updated_at=at,
-            **{name: value for name, value in wanted if name not in _NOT_OF_THE_ROW},
-        )
+        made = self._creation.new(wanted, wanted.idempotency_key).live.run
+        reason = f"{how}; waits for a worker"
+        run = made.model_copy(update={"reason": reason, "forked_from": origin.id, "result": result})
         created = self._core.event(
             run, Kind.RUN_CREATED, f"created; {run.reason}", source=origin.id, step=wanted.forked_at
         )

@@ -8,26 +8,23 @@ from __future__ import annotations
 import asyncio
 import codecs
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from nbdurable import contract, lifecycle, spending
+from nbdurable import contract, spending
 from nbdurable.contract import Endpoint
-from nbdurable.coordinator.core import Core, fence, hold_deadline, label
-from nbdurable.coordinator.fold import Fold, Kind
-from nbdurable.coordinator.names import new_run_id
-from nbdurable.coordinator.state import Live
-from nbdurable.errors import StoreFull, UsageError
+from nbdurable.coordinator.core import Change, Core, fence, hold_deadline
+from nbdurable.coordinator.creation import Creation
+from nbdurable.coordinator.families import Families, started
+from nbdurable.coordinator.fold import Kind
+from nbdurable.errors import StoreFull
 from nbdurable.lifecycle import Happening
 from nbdurable.models import (
-    DriverKind,
     Run,
     RunDetail,
     RunStatus,
 )
-from nbdurable.policies import span
 
-KEY_LIFE_S = 30 * 86_400.0  # how long an idempotency key returns the first run
 GATHER_S = 0.1  # a follower gets what happens within it at once: reading each event singly slows the run down
 _ALL = 1_000_000_000
 
@@ -35,13 +32,15 @@ _ALL = 1_000_000_000
 class Runs:
     """What is asked about runs."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, core: Core, creation: Creation, families: Families) -> None:
+        self._core, self._creation, self._families = core, creation, families
 
     def handlers(self) -> dict[Endpoint[Any, Any], Callable[[Any], Awaitable[Any]]]:
         """Return who answers which endpoint."""
         return {
             contract.CREATE_RUN: self.create_run,
+            contract.CREATE_RUNS: self.create_runs,
+            contract.START_CHILDREN: self.start_children,
             contract.LIST_RUNS: self.list_runs,
             contract.GET_RUN: self.get_run,
             contract.READ_EVENTS: self.read_events,
@@ -52,60 +51,34 @@ class Runs:
         }
 
     async def create_run(self, wanted: contract.CreateRun) -> Run:
-        headless = wanted.kind is DriverKind.HEADLESS
-        if headless and wanted.snapshot is None:
-            raise UsageError(
-                "a headless run needs the snapshot of its notebook", todo="write it as a blob first"
-            )
-        if headless != (wanted.driver is None):
-            raise UsageError(
-                "an interactive run is created by its driver, a headless one without", todo="mend `driver`"
-            )
-        if not headless and (wanted.delay_s or wanted.ttl_s or wanted.timeout_s or wanted.retries):
-            raise UsageError(
-                "only a headless run can be delayed, expire, time out or be retried",
-                todo="leave those out, or create it headless",
-            )
+        return (await self._create((wanted,)))[0]
+
+    async def create_runs(self, wanted: contract.CreateRuns) -> contract.Runs:
+        return contract.Runs(runs=tuple(await self._create(wanted.runs)))
+
+    async def start_children(self, wanted: contract.StartChildren) -> contract.Runs:
+        async with self._core.creating, self._core.driven(wanted.run_id, wanted.epoch) as live:
+            parent = await self._creation.parent(live, wanted.step)
+            made = await self._creation.make(wanted.children, parent)
+            new = [one.change for one in made if one.change is not None]
+            said = [
+                self._core.step_event(live.run, Kind.CHILD_STARTED, wanted.step, *started(one.run))
+                for one in made
+                if one.change is not None
+            ]
+            if new:
+                async with self._core.born(change.live for change in new):
+                    await self._core.commit_all([Change(live, tuple(said)), *new])
+            return contract.Runs(runs=tuple(one.run for one in made))
+
+    async def _create(self, wanted: Sequence[contract.CreateRun]) -> list[Run]:
         async with self._core.creating:
-            if wanted.idempotency_key is not None:
-                since = self._core.clock.now() - KEY_LIFE_S
-                first = await self._core.read(self._core.store.run_with_key, wanted.idempotency_key, since)
-                if first is not None:
-                    live = self._core.runs.get(first.id)
-                    return first if live is None else live.run
-            at = self._core.clock.now()
-            fields = {name: value for name, value in wanted if name not in ("driver", "delay_s", "ttl_s")}
-            reason = f"{label(wanted.driver)} drives it" if wanted.driver else "waits for a worker"
-            status, begins_at = RunStatus.QUEUED if headless else RunStatus.RUNNING, at + wanted.delay_s
-            if wanted.delay_s:
-                status, reason = RunStatus.DELAYED, f"begins in {span(wanted.delay_s)}"
-            run = Run(
-                id=new_run_id(at),
-                status=status,
-                reason=reason,
-                begins_at=begins_at if wanted.delay_s else None,
-                expires_at=None if wanted.ttl_s is None else begins_at + wanted.ttl_s,
-                driven_since=None if headless else at,
-                epoch=0 if headless else 1,
-                driver=None if headless else wanted.driver,
-                created_at=at,
-                started_at=None if headless else at,
-                updated_at=at,
-                **fields,
-            )
-            live = Live(run, fold=None if headless else Fold())
-            async with live.lock:
-                if not headless and wanted.driver is not None:
-                    live.lease = self._core.new_lease(wanted.driver)
-                self._core.runs[run.id] = live
-                try:
-                    await self._core.commit(
-                        live, [self._core.event(run, Kind.RUN_CREATED, f"created; {reason}")], run=run
-                    )
-                except BaseException:
-                    del self._core.runs[run.id]
-                    raise
-            return run
+            made = await self._creation.make(wanted)
+            new = [one.change for one in made if one.change is not None]
+            if new:
+                async with self._core.born(change.live for change in new):
+                    await self._core.commit_all(new)
+            return [one.run for one in made]
 
     async def list_runs(self, wanted: contract.ListRuns) -> contract.Runs:
         if wanted.before is not None:
@@ -149,20 +122,9 @@ class Runs:
         return await self._core.read(_read_log, self._core.home.run_log(run_id), wanted.offset, wanted.limit)
 
     async def cancel_run(self, wanted: contract.ByRun) -> Run:
-        async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:
-            run = live.run
-            if run.status is RunStatus.CANCELLED or (
-                run.status is RunStatus.RUNNING and run.cancel_requested
-            ):
-                return run  # asked for before
-            happening = lifecycle.cancellation(run.status, run.driver.kind if run.driver else run.kind)
-            if happening is Happening.REQUEST_CANCEL:
-                reason = "asked to cancel; its worker stops it"
-                run = await self._core.move(live, happening, Kind.RUN_CANCEL_REQUESTED, reason)
-                if live.lease is not None:
-                    live.lease.cancel_by = self._core.cancel_deadline()
-                return run
-            return await self._core.move(live, happening, Kind.RUN_CANCELLED, "cancelled by hand")
+        run = await self._families.cancel(await self._core.resolve(wanted.run_id), "cancelled by hand")
+        await self._families.see_to()
+        return run
 
     async def set_budget(self, wanted: contract.SetBudget) -> Run:
         async with self._core.locked(await self._core.resolve(wanted.run_id)) as live:

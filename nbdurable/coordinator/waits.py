@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from hashlib import sha256
 from typing import Any
 
 from nbdurable import contract
 from nbdurable.contract import Endpoint
-from nbdurable.coordinator.core import Core, hold_deadline
+from nbdurable.coordinator.core import Change, Core, hold_deadline
+from nbdurable.coordinator.creation import Creation, Made
+from nbdurable.coordinator.families import stands, started
 from nbdurable.coordinator.fits import bad_schema, matches, misfit
 from nbdurable.coordinator.fold import Kind
 from nbdurable.coordinator.mailbox import Kept, Mailbox, data_of
 from nbdurable.coordinator.names import as_wait_id
 from nbdurable.coordinator.state import Live
 from nbdurable.errors import AlreadyAnswered, Conflict, NotFound, StoreError, UsageError
-from nbdurable.lifecycle import Happening
+from nbdurable.lifecycle import Happening, outcome
 from nbdurable.models import (
+    Run,
     RunStatus,
     Sent,
     Wait,
@@ -44,8 +48,9 @@ _PROJECT = ""  # whose history holds the sent events: no run's
 class Waits:
     """What is asked about waits, events that are sent, and timers."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, core: Core, creation: Creation) -> None:
+        self._core, self._creation = core, creation
+        core.awaiting = self._awaiting
         now = core.clock.now()
         since = now - contract.MAX_EVENT_LIFE_S
         self._mailbox = Mailbox(core.store.sent_events(since), core.store.taken_events(since), now)
@@ -53,7 +58,9 @@ class Waits:
         self._secrets: dict[
             str, tuple[str, str]
         ] = {}  # wait id → its run, and the answer that is kept nowhere else
-        self._to_offer = {wait.id for wait in core.waits.values() if wait.kind is WaitKind.EVENT}
+        core.to_offer |= {
+            wait.id for wait in core.waits.values() if wait.kind in (WaitKind.EVENT, WaitKind.CHILD)
+        }
 
     def handlers(self) -> dict[Endpoint[Any, Any], Callable[[Any], Awaitable[Any]]]:
         """Return who answers which endpoint."""
@@ -77,7 +84,11 @@ class Waits:
     async def open_gate(self, wanted: contract.OpenGate) -> contract.Waits:
         for spec in wanted.waits:
             _check(spec)
-        async with self._core.driven(wanted.run_id, wanted.epoch) as live:
+        has_children = any(spec.kind is WaitKind.CHILD for spec in wanted.waits)
+        async with (
+            self._core.creating if has_children else nullcontext(),
+            self._core.driven(wanted.run_id, wanted.epoch) as live,
+        ):
             known = await self._known(live)
             keys = [spec.key for spec in wanted.waits]
             found = [known.get(key) for key in keys]
@@ -85,7 +96,7 @@ class Waits:
             lacking = [
                 spec
                 for spec, wait in zip(wanted.waits, found, strict=True)
-                if not (wait is not None and (answered or self._is_usable(wait)))
+                if not (wait is not None and (answered or await self._is_usable(wait)))
             ]
             if lacking:
                 group = wanted.waits[0].key if wanted.first and len(wanted.waits) > 1 else None
@@ -100,8 +111,14 @@ class Waits:
             live.waits = {wait.key: wait for wait in await self._core.read(self._core.store.waits, query)}
         return live.waits
 
-    def _is_usable(self, wait: Wait) -> bool:
-        """Tell whether a wait need not be opened anew: nor cancelled, nor a secret answer that a restart forgot."""
+    async def _is_usable(self, wait: Wait) -> bool:
+        """Tell whether a wait need not be opened anew.
+
+        It is where it was cancelled, where a restart forgot its secret answer, and where its child failed and was
+        resumed since.
+        """
+        if wait.child is not None and not stands(wait, await self._core.current(wait.child)):
+            return False
         forgotten = wait.is_secret and wait.answer is not None and wait.answer.approved
         return wait.status is not WaitStatus.CANCELLED and not (forgotten and wait.id not in self._secrets)
 
@@ -115,24 +132,65 @@ class Waits:
 
     async def _open(self, live: Live, specs: Iterable[contract.WaitSpec], group: str | None) -> None:
         """Open waits in one transaction; then answer those for which what they wait for is there already."""
-        at = self._core.clock.now()
-        waits, events = [], []
-        for place, spec in enumerate(specs):
-            wait = await self._made(live, spec, group, at)
+        specs, at = list(specs), self._core.clock.now()
+        children = await self._start(live, specs)
+        waits, events, new = [], [], []
+        for place, (spec, child) in enumerate(zip(specs, children, strict=True)):
+            wait = await self._made(live, spec, group, at, child.run.id if child is not None else None)
             wait = wait.model_copy(update={"created_at": at + place * _APART_S})
+            if child is not None and child.change is not None:
+                new.append(child.change)
+                said, facts = started(child.run)
+                events.append(self._core.step_event(live.run, Kind.CHILD_STARTED, wait.step, said, facts))
             data = {"wait_id": wait.id, "key": wait.key}
             waits.append(wait)
             events.append(self._core.step_event(live.run, Kind.WAIT_OPENED, wait.step, _asks(wait, at), data))
-        await self._core.commit(live, events, waits=waits)
+        async with self._core.born(change.live for change in new):
+            await self._core.commit_all([Change(live, tuple(events), waits=tuple(waits)), *new])
         for wait in waits:
             if wait.id not in self._core.waits:
                 continue  # one of its group was there before it
-            if wait.kind is WaitKind.EVENT:
+            if wait.kind in (WaitKind.EVENT, WaitKind.CHILD):
                 await self._offer(live, wait)
             elif wait.due_at is not None and wait.due_at <= at:
                 await self.settle(live, wait, WaitAnswer(approved=True, by="timer", at=at), "timer")
 
-    async def _made(self, live: Live, spec: contract.WaitSpec, group: str | None, at: float) -> Wait:
+    async def _start(self, live: Live, specs: list[contract.WaitSpec]) -> list[Made | None]:
+        """Return the runs that waits are for: new ones, or those that were there before."""
+        wanted = [spec.start for spec in specs if spec.start is not None]
+        step = next((spec.step for spec in specs if spec.start is not None), None)
+        made = iter(
+            await self._creation.make(wanted, await self._creation.parent(live, step)) if wanted else ()
+        )
+        found: list[Made | None] = []
+        for spec in specs:
+            if spec.start is not None:
+                found.append(next(made))
+            elif spec.child is not None:
+                found.append(Made(await self._core.current(spec.child), None))
+            else:
+                found.append(None)
+        for one in found:
+            if one is not None:
+                self._refuse_circle(live.run, one.run)
+        return found
+
+    def _refuse_circle(self, run: Run, child: Run) -> None:
+        """Refuse a wait for a run that waits, itself or by way of others, for the one that would wait."""
+        ahead, seen = [child.id], set[str]()
+        while ahead:
+            if (run_id := ahead.pop()) == run.id:
+                raise Conflict(
+                    f"run {run.short} can't wait for run {child.short}, which waits for it: neither would ever end",
+                    todo="let one go on without the other: `trigger` starts a run and waits for nothing",
+                )
+            if run_id not in seen:
+                seen.add(run_id)
+                ahead += [wait.child for wait in self._core.open_waits(run_id) if wait.child is not None]
+
+    async def _made(
+        self, live: Live, spec: contract.WaitSpec, group: str | None, at: float, child: str | None
+    ) -> Wait:
         wait_id = await self._core.new_wait_id()
         deadline_at = spec.deadline_at if spec.deadline_in_s is None else at + spec.deadline_in_s
         if deadline_at is not None and deadline_at <= at:
@@ -140,7 +198,7 @@ class Waits:
                 f"the deadline of {spec.title!r} was {span(at - deadline_at)} ago",
                 todo="give `timeout` a time to come; a datetime without a zone is local time",
             )
-        moved = ("due_in_s", "due_at", "deadline_in_s", "deadline_at")
+        moved = ("due_in_s", "due_at", "deadline_in_s", "deadline_at", "child", "start")
         return Wait(
             id=wait_id,
             run_id=live.run.id,
@@ -149,6 +207,7 @@ class Waits:
             deadline_at=deadline_at,
             remind_at=at + spec.remind_every_s if spec.remind_every_s else None,
             group=group,
+            child=child,
             **{name: value for name, value in spec if name not in moved},
         )
 
@@ -235,28 +294,66 @@ class Waits:
 
     async def settle(self, live: Live, wait: Wait, answer: WaitAnswer, nonce: str) -> Wait:
         """Record the one answer to a wait, cancel the others of its group, and wake its run if nothing else is open."""
-        settled = wait.model_copy(update={"status": WaitStatus.ANSWERED, "answer": answer, "remind_at": None})
-        how = _how(wait, answer)
-        data: dict[str, Any] = {"wait_id": wait.id, "nonce": nonce, "approved": answer.approved}
-        sentence = f"{wait.title} {how}"
-        events = [self._core.step_event(live.run, Kind.WAIT_ANSWERED, wait.step, sentence, data)]
-        left = [other for other in self._core.open_waits(wait.run_id) if other.id != wait.id]
-        beaten = [other for other in left if wait.group is not None and other.group == wait.group]
-        for other in beaten:
-            sentence = f"{other.title} is not waited for any more: {wait.title} came first"
-            data = {"wait_id": other.id}
-            events.append(self._core.step_event(live.run, Kind.WAIT_CANCELLED, other.step, sentence, data))
-        cancelled = [other.model_copy(update={"status": WaitStatus.CANCELLED}) for other in beaten]
-        run = None
-        if live.run.status is RunStatus.WAITING and len(left) == len(beaten):
-            reason = f"{wait.title!r} {how}; waits for a worker"
-            run, _ = self._core.moved(live.run, Happening.WAKE, reason)
-            events.append(self._core.event(run, Kind.RUN_WOKEN, reason))
-        await self._core.commit(live, events, run=run, waits=(settled, *cancelled))
+        change = self._settlement(live, [(wait, answer, nonce)])
+        await self._core.commit_all([change])
         fault_point("wait-answered")
         if answer.event_seq is not None:
             self._mailbox.take(answer.event_seq, wait.run_id)
-        return settled
+        return change.waits[0]
+
+    def _settlement(self, live: Live, answered: list[tuple[Wait, WaitAnswer, str]]) -> Change:
+        """Return what answers to waits of a run bring with them."""
+        left = {wait.id: wait for wait in self._core.open_waits(live.run.id)}
+        events: list[NewEvent] = []
+        waits: list[Wait] = []
+        said = ""
+        for wait, answer, nonce in answered:
+            if left.pop(wait.id, None) is None:
+                continue  # another one of its group was answered before it
+            how = _how(wait, answer)
+            data: dict[str, Any] = {"wait_id": wait.id, "nonce": nonce, "approved": answer.approved}
+            events.append(
+                self._core.step_event(live.run, Kind.WAIT_ANSWERED, wait.step, f"{wait.title} {how}", data)
+            )
+            said = f"{wait.title!r} {how}"
+            update = {"status": WaitStatus.ANSWERED, "answer": answer, "remind_at": None}
+            waits.append(wait.model_copy(update=update))
+            if wait.group is None:
+                continue
+            for other in [other for other in left.values() if other.group == wait.group]:
+                del left[other.id]
+                sentence = f"{other.title} is not waited for any more: {wait.title} came first"
+                data = {"wait_id": other.id}
+                events.append(
+                    self._core.step_event(live.run, Kind.WAIT_CANCELLED, other.step, sentence, data)
+                )
+                waits.append(other.model_copy(update={"status": WaitStatus.CANCELLED}))
+        run = None
+        if live.run.status is RunStatus.WAITING and not left:
+            reason = f"{said}; waits for a worker"
+            run, _ = self._core.moved(live.run, Happening.WAKE, reason)
+            events.append(self._core.event(run, Kind.RUN_WOKEN, reason))
+        return Change(live, tuple(events), run, tuple(waits))
+
+    # Children ----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _awaiting(self, child: Run) -> AsyncIterator[list[Change]]:
+        """Hold the runs that wait for a child which ends, and give what its end answers.
+
+        Locks are taken from a child towards those that wait for it; `_refuse_circle` keeps that from biting itself.
+        """
+        waiting = {self._core.waits[wait_id].run_id for wait_id in self._core.awaited.get(child.id, ())}
+        answer = outcome(child, self._core.clock.now())
+        async with AsyncExitStack() as held:
+            changes = []
+            for run_id in sorted(waiting):
+                live = await held.enter_async_context(self._core.locked(run_id))
+                for_child = [wait for wait in self._core.open_waits(run_id) if wait.child == child.id]
+                if for_child:
+                    answered = [(wait, answer, _nonce_of(child)) for wait in for_child]
+                    changes.append(self._settlement(live, answered))
+            yield changes
 
     # Time --------------------------------------------------------------------------------------------------------
 
@@ -325,7 +422,7 @@ class Waits:
                 async with self._core.locked(wait.run_id) as live:
                     await self._give(live, wait, kept, wanted.payload)
             except StoreError:  # it is sent all the same; the next ticks try again
-                self._to_offer.add(wait.id)
+                self._core.to_offer.add(wait.id)
         return kept.sent()
 
     async def _keep(self, wanted: contract.SendEvent, digest: str, now: float) -> Kept:
@@ -356,7 +453,12 @@ class Waits:
             )
 
     async def _offer(self, live: Live, wait: Wait) -> None:
-        """Let a wait take the oldest event that was sent before and fits it."""
+        """Let a wait take what is there already: its child's end, or the oldest event that was sent and fits it."""
+        if wait.child is not None:
+            child = await self._core.current(wait.child)
+            if child.status.is_final:
+                await self.settle(live, wait, outcome(child, self._core.clock.now()), _nonce_of(child))
+            return
         assert wait.event is not None
         for kept in self._mailbox.for_run(wait.event, wait.run_id, self._core.clock.now()):
             (stored,) = await self._core.read(self._core.store.events, _PROJECT, kept.seq - 1, 1)
@@ -389,18 +491,18 @@ class Waits:
         await self._core.commit(live, (event,), waits=(noted,))
 
     async def catch_up(self) -> None:
-        """Let waits that were open at the start take what was sent before it: a crash may have come between.
+        """Let waits that were open at the start take what was there before it: a crash may have come between.
 
         Secret answers of runs that have ended are forgotten.
         """
         for wait_id in [one for one, (run_id, _) in self._secrets.items() if run_id not in self._core.runs]:
             del self._secrets[wait_id]
-        while self._to_offer:
-            wait_id = next(iter(self._to_offer))
+        while self._core.to_offer:
+            wait_id = next(iter(self._core.to_offer))
             if (wait := self._core.waits.get(wait_id)) is not None:
                 async with self._core.locked(wait.run_id) as live:
                     await self._offer(live, wait)
-            self._to_offer.discard(wait_id)
+            self._core.to_offer.discard(wait_id)
 
 
 # Rules -----------------------------------------------------------------------------------------------------------
@@ -415,6 +517,10 @@ _ENDS = {
     WaitKind.EVENT: "`nbdurable send EVENT [JSON]` sends it",
     WaitKind.CHILD: "see to that run",
 }
+
+
+def _nonce_of(child: Run) -> str:
+    return f"child-{child.id}-{child.epoch}"
 
 
 def _a(kind: WaitKind) -> str:
@@ -432,6 +538,8 @@ def _check(spec: contract.WaitSpec) -> None:
         )
     if (spec.kind is WaitKind.EVENT) != (spec.event is not None):
         raise UsageError("a wait for an event, and only that, names an event", todo="set `event`")
+    if (spec.kind is WaitKind.CHILD) != (spec.child is not None or spec.start is not None):
+        raise UsageError("a wait for a run, and only that, names one", todo="set `child` or `start`")
     if spec.form is not None:
         if said := bad_schema(spec.form):
             raise UsageError(f"the form of {spec.title!r} is no JSON schema: {said}")
@@ -485,8 +593,10 @@ def _how(wait: Wait, answer: WaitAnswer) -> str:
     if answer.timed_out:
         return "was not answered in time"
     match wait.kind:
-        case WaitKind.TIMER | WaitKind.CHILD:
+        case WaitKind.TIMER:
             return "is over"
+        case WaitKind.CHILD:
+            return "has completed" if answer.approved else f"is {(answer.value or {}).get('status', 'over')}"
         case WaitKind.EVENT:
             return "came" if answer.by == "event" else "did not come in time: its default counts"
         case WaitKind.QUESTION:

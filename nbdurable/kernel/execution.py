@@ -51,6 +51,7 @@ class Captured:
     deleted: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
     modules: frozenset[str] = frozenset()  # that the values' types come from
+    starts: dict[str, int] = field(default_factory=dict)
 
     @property
     def unsaved(self) -> set[str]:
@@ -84,6 +85,7 @@ class Execution:
         self.sent = False  # whether the commit was begun that ends the step
         self.trying: Attempts | None = None  # where the step's line asks for retries or a time limit
         self.gated: Manifest | None = None  # what was committed before the newest gate of this body
+        self.starts: dict[str, int] = {}  # how often the body started each run so far
         self._earlier_gates: list[str] = list(kept.wait_keys) if kept else []
         self._gates: list[tuple[int | None, str]] = []  # statement and key of each gate reached
         self._mark: tuple[int, Captured] | None = None
@@ -104,6 +106,7 @@ class Execution:
         """Take note of the namespace, right before the body runs."""
         self.before = self.session.tracker.snapshot()
         self.calls = Calls(self.session, self.name, self.attempt, self.recorded_calls, self.names)
+        self.starts = dict(self.kept.starts) if self.kept else {}
         self._began = time.perf_counter()
 
     def rewind(self, statement: int) -> None:
@@ -111,6 +114,8 @@ class Execution:
         reached = [key for where, key in self._gates if where is None or where >= statement]
         self._earlier_gates = reached + self._earlier_gates
         self._gates, self._mark, self._at = [], None, None
+        before = self.gated if self.gated is not None and self.gated.resume_at else self.kept
+        self.starts = dict(before.starts) if before is not None else {}
 
     def begin_again(self, attempt: int, recorded_calls: int) -> None:
         """Begin another attempt, in the state that was there before."""
@@ -174,6 +179,11 @@ class Execution:
         self._commit_waiting(at)
         return key
 
+    @property
+    def comes_back(self) -> bool:
+        """Tell whether it goes on behind gates that it has not reached again yet."""
+        return bool(self._earlier_gates)
+
     def mark(self, statement: int) -> None:
         """Save what was done before a top-level statement that may reach a gate: where the step goes on behind it.
 
@@ -236,6 +246,7 @@ class Execution:
             deleted=tuple(sorted(deleted)),
             outputs=tuple(self.recorder.finished()),
             modules=saved.modules,
+            starts=dict(self.starts),
         )
 
     def commit(self) -> tuple[Variable, ...]:
@@ -308,6 +319,7 @@ class Execution:
             outputs=put_blob(outputs, session.blobs) if captured.outputs else None,
             resume_at=resume_at,
             wait_keys=wait_keys,
+            starts=captured.starts if status == "waiting" else {},
             skips_rest=self.signal.sentence if isinstance(self.signal, RestSkipped) else None,
         )
         session.blobs.renew(manifest.files())

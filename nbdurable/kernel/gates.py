@@ -28,6 +28,7 @@ from nbdurable.telemetry import fault_point
 T = TypeVar("T")
 
 _HOLD_S = 5.0
+_SAID = 3  # waits that are named where there are many
 _IN_PLACE_S = 2.0  # a shorter sleep costs less than another kernel
 
 
@@ -134,7 +135,7 @@ class Gate:
         proposal = digest(*(member.proposal for member in self.members))
         if self.execution is not None:
             return self.execution.gate(proposal)
-        return _counted(digest("cell", self._cell_id, proposal))
+        return counted(digest("cell", self._cell_id, proposal))
 
     def _secret(self, key: str) -> str:
         """Return the secret of a wait's callback URL: the key's holder can make it again, nobody else."""
@@ -161,6 +162,7 @@ class Gate:
         if not (self.session.headless or self.session.bringing):
             return
         said = [_waits_for(wait) for wait in waits if wait.status is WaitStatus.OPEN]
+        said = said if len(said) <= _SAID else [*said[:_SAID], f"{len(said) - _SAID} more"]
         between = " or " if self.first else ", and "
         name = self.execution.name if self.execution else "this cell"
         signal = Suspended(f"⏸ {name} {between.join(said)}")
@@ -181,7 +183,7 @@ class Gate:
         return waits
 
 
-def _counted(key: str) -> str:
+def counted(key: str) -> str:
     """Number the gates of one plain cell that propose the same."""
     steps = extension.steps()
     cell = steps.cell if steps else None

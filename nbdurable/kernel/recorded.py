@@ -120,6 +120,11 @@ def note_tries(count: int, error: BaseException) -> None:
         inside[-1].tries = f"try {count}, after {printable(said)}"
 
 
+def scope(calls: Calls | None) -> str:
+    """Return the key of the recorded call that runs here; "" outside of them."""
+    return next((call.key for call in reversed(_inside.get()) if call.calls is calls), "")
+
+
 class Calls:
     """The recorded calls of one attempt at a step. Thread-safe.
 
@@ -157,10 +162,10 @@ class Calls:
         except TypeError:
             return None  # its own error says it better
         facts = self._facts_of(function)
-        scope = self._scope()
+        outer = scope(self)
         given = _look(arguments, self.session.values)
         if function.key is not None:
-            said, identity = self._by_key(function, scope, given, arguments, args, kwargs)
+            said, identity = self._by_key(function, outer, given, arguments, args, kwargs)
         elif given.problems:
             name, problem = next(iter(given.problems.items()))
             self.note(
@@ -171,7 +176,7 @@ class Calls:
             return None
         else:
             said = _said_all(arguments)
-            identity = digest(scope, function.name, *_pairs(given.digests), "", *self._by_value(facts))
+            identity = digest(outer, function.name, *_pairs(given.digests), "", *self._by_value(facts))
         return self._begin(function, identity, said, facts, arguments, given)
 
     def open_known_by(self, function: Function, said: str, *texts: str) -> Call:
@@ -179,12 +184,8 @@ class Calls:
 
         It is ended by `keep` or `end`, without `running`.
         """
-        identity = digest(self._scope(), function.name, "texts", *texts)
+        identity = digest(scope(self), function.name, "texts", *texts)
         return self._begin(function, identity, said, _Facts("", {}, {}, ()), {}, _Looked({}, [], {}))
-
-    def _scope(self) -> str:
-        """Return the key of the call that runs around this one."""
-        return next((call.key for call in reversed(_inside.get()) if call.calls is self), "")
 
     def _begin(
         self,
@@ -215,7 +216,7 @@ class Calls:
     def _by_key(
         self,
         function: Function,
-        scope: str,
+        outer: str,
         given: _Looked,
         arguments: dict[str, Any],
         args: tuple[Any, ...],
@@ -225,7 +226,7 @@ class Calls:
         key = function.key
         found = key if isinstance(key, str) else key(*args, **kwargs)  # type: ignore[misc]
         try:
-            identity = digest(scope, function.name, "key", fingerprint(found, self.session.values))
+            identity = digest(outer, function.name, "key", fingerprint(found, self.session.values))
         except Unfingerprintable as error:
             raise UsageError(
                 f"the key of call `{function.name}` can't be compared: {error}",

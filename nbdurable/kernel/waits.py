@@ -200,7 +200,7 @@ def _approval(
         default=None if default is None else WaitDefault(approved=default),
         remind_every_s=every_s,
         callback="" if notify is not None else None,
-        **_deadline(timeout, title),
+        **deadline(timeout, title),
     )
     opened = None if notify is None else partial(_notify, notify, value)
     ask = f"approval:{title}:{proposal}" + (f":{digest(said)}" if said else "")
@@ -331,7 +331,7 @@ def event(
         preview=", ".join(f"{path} = {json.dumps(value)}" for path, value in wanted.items()),
         form=form.schema if form else None,
         default=None if default is _NONE else WaitDefault(value=as_json(default), edited=True),
-        **_deadline(timeout, name),
+        **deadline(timeout, name),
     )
     return Unopened(spec, f"event:{name}:{json.dumps(wanted, sort_keys=True)}", partial(_payload, name, form))
 
@@ -447,7 +447,7 @@ def _one(asked: Unopened) -> Steps[Any]:
 # Words ---------------------------------------------------------------------------------------------------
 
 
-def _deadline(when: When | None, title: str) -> dict[str, Any]:
+def deadline(when: When | None, title: str) -> dict[str, Any]:
     """Return a timeout as the fields of a wait have it."""
     if when is None:
         return {}

@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import duckdb
 from pydantic_core import from_json, to_json
 
-from nbdurable.contract import ListRuns, ListWaits, Query, ReadCalls, Table
+from nbdurable.contract import KEY_LIFE_S, ListRuns, ListWaits, Query, ReadCalls, Table
 from nbdurable.errors import StoreError, UsageError
 from nbdurable.models import Checkpoint, Event, Run, RunStatus, SignedManifest, StepStatus, Wait, WaitStatus
 from nbdurable.settings import Home
@@ -314,10 +314,19 @@ class DuckDBStore:
         """Return ids (at most 10, newest first) that begin or end with `fragment`."""
         return [row[0] for row in self._rows("runs_matching", {"fragment": fragment.lower()})]
 
-    def run_with_key(self, idempotency_key: str, since: float) -> Run | None:
-        """Return the first run created with the key at or after `since`, but none that ended incomplete."""
-        key = {"idempotency_key": idempotency_key, "since": timestamp(since), "released": _RELEASED}
-        return _only(self._runs("run_with_key", key))
+    def runs_with_keys(self, idempotency_keys: Sequence[str], now: float) -> list[Run]:
+        """Return, for each key that still counts at `now`, the first run that was created with it.
+
+        A run that ended without having completed has given its key up. But not that of a call ("call:…"): of those
+        it is the newest.
+        """
+        keys = {
+            "idempotency_keys": list(idempotency_keys),
+            "now": now,
+            "life_s": KEY_LIFE_S,
+            "released": _RELEASED,
+        }
+        return self._runs("runs_with_keys", keys)
 
     def runs(self, wanted: ListRuns) -> list[Run]:
         """Return runs that match, newest first."""

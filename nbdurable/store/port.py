@@ -101,8 +101,12 @@ class Store(Protocol):
     def runs_matching(self, fragment: str) -> list[str]:
         """Return ids (at most 10, newest first) that begin or end with `fragment`."""
 
-    def run_with_key(self, idempotency_key: str, since: float) -> Run | None:
-        """Return the first run created with the key at or after `since`, but none that ended incomplete."""
+    def runs_with_keys(self, idempotency_keys: Sequence[str], now: float) -> list[Run]:
+        """Return, for each key that still counts at `now`, the first run that was created with it.
+
+        A run that ended without having completed has given its key up. But not that of a call ("call:…"): of those
+        it is the newest.
+        """
 
     def runs(self, wanted: ListRuns) -> list[Run]: ...
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdurable.contract import ListRuns, ListWaits, Query, ReadCalls
+from nbdurable.contract import KEY_LIFE_S, ListRuns, ListWaits, Query, ReadCalls
 from nbdurable.errors import DurableError, StoreError, UsageError
 from nbdurable.models import (
     Driver,
@@ -328,8 +328,9 @@ def test_a_fragment_matches_at_either_end_and_literally(store: Store) -> None:
 
 
 def test_an_idempotency_key_returns_its_first_living_run(store: Store) -> None:
-    """A key holds from `since` on, and is free again when its run failed or was cancelled."""
-    key = {"idempotency_key": "daily"}
+    """A key holds for its life, and is free again when its run failed or was cancelled; that of a call is not."""
+    key, call = {"idempotency_key": "daily"}, {"idempotency_key": "call:1"}
+    short = {"idempotency_key": "short", "key_expires_at": run(1).created_at + 10}
     put(
         store,
         runs=[
@@ -339,14 +340,19 @@ def test_an_idempotency_key_returns_its_first_living_run(store: Store) -> None:
             run(4, **key, status=RunStatus.COMPLETED),
             run(5, **key),
             run(6),
+            run(7, **short),
+            run(8, **call, status=RunStatus.FAILED),
         ],
     )
+    now, life_s = run(1).created_at, KEY_LIFE_S
 
-    assert store.run_with_key("daily", 0) == run(1, **key)
-    assert store.run_with_key("daily", run(1).created_at) == run(1, **key)
-    assert store.run_with_key("daily", run(2).created_at) == run(4, **key, status=RunStatus.COMPLETED)
-    assert store.run_with_key("daily", run(6).created_at) is None
-    assert store.run_with_key("other", 0) is None
+    assert store.runs_with_keys(["daily", "other"], now) == [run(1, **key)]
+    first_over = run(1).created_at + life_s
+    assert store.runs_with_keys(["daily"], first_over) == [run(4, **key, status=RunStatus.COMPLETED)]
+    assert store.runs_with_keys(["daily"], run(6).created_at + life_s) == []
+    assert store.runs_with_keys(["short"], now + 9) == [run(7, **short)]
+    assert store.runs_with_keys(["short"], now + 10) == []
+    assert store.runs_with_keys(["call:1"], now) == [run(8, **call, status=RunStatus.FAILED)]
 
 
 # Events and checkpoints -----------------------------------------------------------------------------------

@@ -65,10 +65,14 @@ SELECT body FROM runs WHERE id = $1
 -- name: runs_matching
 SELECT id FROM runs WHERE starts_with(id, $fragment) OR ends_with(id, $fragment) ORDER BY id DESC LIMIT 10
 
--- name: run_with_key
-SELECT body FROM runs
-WHERE idempotency_key = $idempotency_key AND created_at >= $since AND NOT list_contains($released, status)
-ORDER BY created_at, id LIMIT 1
+-- name: runs_with_keys
+SELECT
+    min_by(body, (epoch_us(created_at) * CASE WHEN starts_with(idempotency_key, 'call:') THEN -1 ELSE 1 END, id))
+FROM runs
+WHERE idempotency_key IN (SELECT unnest($idempotency_keys::VARCHAR[]))
+    AND coalesce((body -> '$.key_expires_at')::DOUBLE, epoch_us(created_at) / 1e6 + $life_s) > $now
+    AND (NOT list_contains($released, status) OR starts_with(idempotency_key, 'call:'))
+GROUP BY idempotency_key
 
 -- name: runs
 SELECT body FROM runs

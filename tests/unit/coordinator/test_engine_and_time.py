@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import pytest
 
 from nbdurable import contract, processes
+from nbdurable.contract import KEY_LIFE_S
 from nbdurable.coordinator.engine import Engine
-from nbdurable.coordinator.runs import KEY_LIFE_S
 from nbdurable.errors import Fenced, Untrusted
 from nbdurable.lifecycle import MAX_RECOVERIES
 from nbdurable.models import (
