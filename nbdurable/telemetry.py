@@ -20,6 +20,7 @@ FAULT_POINTS: dict[str, str] = {
     "restore-done": "the kernel put a checkpoint back",
     "event-sent": "a sent event is on disk, no run was given it",
     "wait-answered": "an answer is on disk, with what it cancels and wakes, and nobody was told",
+    "children-started": "the kernel knows that runs it started are on disk, its step goes on",
     "wait-opened": "the kernel opened a wait and has not suspended",
     "hook-begun": "that a hook begins is on disk, it has not run",
     "hook-ran": "a hook has run, that it ended is not recorded",

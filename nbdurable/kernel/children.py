@@ -36,9 +36,11 @@ from nbdurable.models import DriverKind, Run, RunStatus, WaitAnswer, WaitKind
 from nbdurable.policies import seconds
 from nbdurable.security import load_key
 from nbdurable.settings import Home, Settings, find_home
+from nbdurable.telemetry import fault_point
 
 Scope = Literal["run", "global"]
 OnError = Literal["stop", "collect"] | int
+Write = Callable[[notebooks.Prepared], str]
 _counting = threading.Lock()
 
 
@@ -180,6 +182,10 @@ def child(
     key_scope: Scope = "run",
     key_ttl: str | float | timedelta = contract.KEY_LIFE_S,
     tags: Iterable[str] = (),
+    retries: int = 0,
+    run_timeout: str | float | timedelta | None = None,
+    delay: str | float | timedelta = 0.0,
+    ttl: str | float | timedelta | None = None,
     cancel_with_parent: bool = False,
 ) -> Child:
     """Describe a run for `trigger_batch`, `first_of` and `all_of`; the arguments are those of `trigger_and_wait`."""
@@ -200,6 +206,10 @@ def child(
         "idempotency_key": idempotency_key,
         "key_scope": key_scope,
         "key_ttl_s": key_ttl_s,
+        "retries": retries,
+        "timeout": run_timeout,
+        "delay": delay,
+        "ttl": ttl,
         "cancel_with_parent": cancel_with_parent,
     }
     return Child(path, options, Form.of(returns), timeout)
@@ -213,6 +223,10 @@ def trigger(
     key_scope: Scope = "run",
     key_ttl: str | float | timedelta = contract.KEY_LIFE_S,
     tags: Iterable[str] = (),
+    retries: int = 0,
+    run_timeout: str | float | timedelta | None = None,
+    delay: str | float | timedelta = 0.0,
+    ttl: str | float | timedelta | None = None,
     cancel_with_parent: bool = False,
 ) -> RunHandle:
     """Start a headless run of a notebook as it is now, as a child of this run; it goes on by itself.
@@ -224,9 +238,9 @@ def trigger(
 
     `idempotency_key`: what tells runs apart instead. The run that was first started with it is returned for `key_ttl`
     (30 days), unless that failed or was cancelled; `key_scope`: "run" among the children of this run, "global" among
-    all runs of the project. Cancelling a run cancels its children. If it fails they go on, unless
-    `cancel_with_parent`. In a script the run has no parent. Raises NotebookError, StepUsageError or ParameterError
-    for what can't be run, before anything is started.
+    all runs of the project. `retries`, `run_timeout`, `delay` and `ttl` are those of `nbdurable run`. Cancelling a run
+    cancels its children. If it fails they go on, unless `cancel_with_parent`. In a script the run has no parent.
+    Raises NotebookError, StepUsageError or ParameterError for what can't be run, before anything is started.
     """
     one = child(
         notebook,
@@ -235,6 +249,10 @@ def trigger(
         key_scope=key_scope,
         key_ttl=key_ttl,
         tags=tags,
+        retries=retries,
+        run_timeout=run_timeout,
+        delay=delay,
+        ttl=ttl,
         cancel_with_parent=cancel_with_parent,
     )
     return trigger_batch([one])[0]
@@ -281,6 +299,7 @@ def _batch(children: Sequence[Child]) -> Callable[[], list[RunHandle]]:
                 run_id=session.run_id, epoch=session.epoch, step=_step(), children=asked
             )
             runs = session.client.call(contract.START_CHILDREN, question).runs
+            fault_point("children-started")
         for run, question_ in zip(runs, asked, strict=True):
             if session is not None and (said := notebooks.other_than_asked(run, question_)):
                 display.say(session.shell, said)
@@ -313,6 +332,10 @@ def trigger_and_wait(
     key_scope: Scope = "run",
     key_ttl: str | float | timedelta = contract.KEY_LIFE_S,
     tags: Iterable[str] = (),
+    retries: int = 0,
+    run_timeout: str | float | timedelta | None = None,
+    delay: str | float | timedelta = 0.0,
+    ttl: str | float | timedelta | None = None,
     cancel_with_parent: bool = False,
 ) -> Any:
     """Start a run as `trigger` does, wait for its end, and return its result (what it said with `durable.result`).
@@ -333,6 +356,10 @@ def trigger_and_wait(
         key_scope=key_scope,
         key_ttl=key_ttl,
         tags=tags,
+        retries=retries,
+        run_timeout=run_timeout,
+        delay=delay,
+        ttl=ttl,
         cancel_with_parent=cancel_with_parent,
     )
     return drive(_one(one.unopened()))

@@ -34,7 +34,8 @@ CELLS = [
               "@durable.step\ndef repeated(letter):\n    print('repeating', letter)\n"
               "    return [Note(letter * 50_000), random.random()]"),
     ("one", "%%step one\nbig = np.arange(20_000)\nnotes = [Note('a')]\nalias = notes\nprint('one', random.random())"),
-    ("two", "%%step two\nnotes.append(Note('b'))\ntext = [repeated('x'), repeated('y')]\nbig[0] = 5\nint(big.sum())"),
+    ("two", "%%step two\nnotes.append(Note('b'))\ntext = [repeated('x'), repeated('y')]\nbig[0] = 5\n"
+            "assert durable.trigger('n.ipynb', delay='1d').status == 'delayed'\nint(big.sum())"),
     ("gate", "%%step gate\ndraft = f'{len(notes)} notes'\nprint('before the gate')\n"
              "first = durable.first_of(decision=durable.approval(draft, title='Publish?'), late=durable.timer('1h'))\n"
              "published = first.result.value"),
@@ -69,6 +70,8 @@ def drive(home: Home, folder: Path, *, forked: bool = False) -> dict[str, Any]:
                 client.call(contract.ANSWER_WAIT, answer)
         client.call(contract.READ_EVENTS, contract.ReadEvents(run_id=run.id, after=1 << 60, hold_s=0.2))
     assert detail.status is RunStatus.COMPLETED, detail.reason
+    runs = client.call(contract.LIST_RUNS, contract.ListRuns()).runs
+    assert [one.status for one in runs if one.parent_id == run.id] == ["delayed"]
     assert sorted(wait.title for wait in detail.waits if wait.answer is not None) == [
         "Publish?", "event paid", "sleep 2.1 s"
     ]  # fmt: skip

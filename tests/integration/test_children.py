@@ -81,7 +81,7 @@ def test_a_headless_parent_starts_each_child_once_and_waits_without_a_kernel(
     assert {run.trace_id for run in runs} == {parent.trace_id}
     (tmp_path / "mended").touch()
     for run in (children[-2], parent):
-        client.call(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+        client.call(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
 
     done = until(client, parent.id, RunStatus.COMPLETED)
     assert done.result == {

@@ -62,7 +62,7 @@ async def cancel(engine: Engine, run: Run) -> Run:
 
 
 async def resume(engine: Engine, run: Run) -> Run:
-    return await engine.answer(contract.RESUME_RUN, contract.ByRun(run_id=run.id))
+    return await engine.answer(contract.RESUME_RUN, contract.ResumeRun(run_id=run.id))
 
 
 async def all_runs(engine: Engine) -> list[Run]:
