@@ -111,6 +111,12 @@ class CreateRun(Shape):
         None  # of a child without a key: names the call that starts it, within its parent's step
     )
     cancel_with_parent: bool = False
+    debounce_s: float | None = Field(None, gt=0)  # it begins when nobody has asked for it so long
+    debounce_key: str | None = None
+    debounce_mode: Literal["leading", "trailing"] = "leading"  # whose parameters count
+    debounce_max_s: float | None = Field(None, gt=0)  # since it was first asked for
+    singleton: Literal["skip", "cancel", "queue"] | None = None
+    singleton_key: str | None = None  # None: the notebook
     steps_total: int | None = None
     retries: int = Field(0, ge=0, le=MAX_RETRIES)
     on_exhausted: Literal["fail", "pause"] = "fail"
@@ -141,6 +147,8 @@ class ListRuns(Shape):
     tag: str | None = None
     limit: int = 50
     before: str | None = None  # run id: only older runs
+    parent: str | None = None  # run id: only its children
+    root: str | None = None  # run id: only what stands below it, in its tree
 
 
 class Runs(Shape):

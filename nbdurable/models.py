@@ -321,6 +321,12 @@ class Run(Shape):
     root_id: str | None = None  # the run on top of its tree; None: itself
     trace_id: str = ""  # W3C: 32 hex digits, those of the root
     depth: int = 0  # how many runs stand above it
+    debounce_key: str | None = None  # what asks for a run with it while it is delayed puts its beginning off
+    debounce_until: float | None = None  # but not beyond this
+    singleton: Literal["skip", "cancel", "queue"] | None = (
+        None  # what happens while another one of its kind is open
+    )
+    singleton_key: str | None = None
     cancel_with_parent: bool = False  # whether it is cancelled when its parent ends without having completed
     is_tied: bool = True  # whether it is cancelled with its parent: until somebody resumes it by hand
     key_expires_at: float | None = (
@@ -355,11 +361,22 @@ class Call(Shape):
     seq: int
 
 
+class ChildRun(Shape):
+    """A run that another one started, as that one shows it."""
+
+    id: str
+    notebook: str
+    status: RunStatus
+    reason: str
+    step: str | None = None  # that started it
+
+
 class RunDetail(Run):
     """A run with its steps and waits: the shape of `show RUN --json`."""
 
     steps: tuple[Step, ...] = ()
     waits: tuple[Wait, ...] = ()
+    children: tuple[ChildRun, ...] = ()
     calls: tuple[Call, ...] = ()  # recorded ones, where they were asked for
     usage: Usage = Usage()
 

@@ -22,7 +22,7 @@ from nbdurable import spending
 from nbdurable.checkpoint.blobs import LocalBlobs
 from nbdurable.checkpoint.sources import parameters_source
 from nbdurable.client import Client
-from nbdurable.contract import CREATE_RUN, CreateRun
+from nbdurable.contract import CREATE_RUN, KEY_LIFE_S, MAX_KEY_LIFE_S, CreateRun
 from nbdurable.errors import (
     CheckpointError,
     NotebookError,
@@ -80,15 +80,16 @@ def create_headless(
     questions: bool = True,
     until: str | None = None,
     budget: str | float | Budget | None = None,
+    begins: Mapping[str, Any] | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Run:
     """Create a queued run of a notebook as it is now; `warn` gets what people should know about it.
 
     `retries`: how often it is begun again after it has failed, its steps kept. `timeout`: how long it may be driven,
     waits apart. `delay`: it begins so much later; `ttl`: and expires, if nobody has begun it by so much after that.
-    `budget`: what its model calls may take, where they are recorded (`durable.ledger`).
-    Raises NotebookError, StepUsageError, ParameterError or UsageError for what can't be run, before anything is
-    created.
+    `begins`: what `conditions` returned. `budget`: what its model calls may take, where they are recorded
+    (`durable.ledger`). Raises NotebookError, StepUsageError, ParameterError or UsageError for what can't be run, before
+    anything is created.
     """
     question, warnings = request(
         lambda prepared: keep(client.home, prepared),
@@ -112,10 +113,52 @@ def create_headless(
     if warn is not None:
         for sentence in warnings:
             warn(sentence)
-    run = client.call(CREATE_RUN, question)
+    run = client.call(CREATE_RUN, question.model_copy(update=dict(begins or {})))
     if warn is not None and (said := other_than_asked(run, question)):
         warn(said)
     return run
+
+
+def conditions(
+    *,
+    key_ttl: str | float | timedelta = KEY_LIFE_S,
+    debounce: str | float | timedelta | None = None,
+    debounce_key: str | None = None,
+    debounce_mode: str = "leading",
+    debounce_max: str | float | timedelta | None = None,
+    singleton: str | None = None,
+    singleton_key: str | None = None,
+) -> dict[str, Any]:
+    """Return, as a question has them, the conditions under which a run begins; raises UsageError."""
+    for what, given, known in (
+        ("debounce_mode", debounce_mode, ("leading", "trailing")),
+        ("singleton", singleton, (None, "skip", "cancel", "queue")),
+    ):
+        if given not in known:
+            words = ", ".join(repr(word) for word in known if word is not None)
+            raise UsageError(f"{what}={given!r} is not known", todo=f"use one of {words}")
+    if (debounce is None) != (debounce_key is None):
+        raise UsageError(
+            "a run that is debounced has a time and a key", todo="give both, e.g. 30s and the key user-7"
+        )
+    if debounce is None and debounce_max is not None:
+        raise UsageError("a longest delay without a debounce", todo="say how long nobody may ask: debounce")
+    if singleton is None and singleton_key is not None:
+        raise UsageError(
+            "a singleton's key without a singleton", todo="say what happens: skip, cancel or queue"
+        )
+    key_ttl_s = seconds(key_ttl)
+    if not 0 < key_ttl_s <= MAX_KEY_LIFE_S:
+        raise UsageError(f"{key_ttl!r} can't be the life of a key", todo="give a time up to 365d")
+    return {
+        "key_ttl_s": key_ttl_s,
+        "debounce_s": _some("debounce", debounce),
+        "debounce_key": debounce_key,
+        "debounce_mode": debounce_mode,
+        "debounce_max_s": _some("debounce_max", debounce_max),
+        "singleton": singleton,
+        "singleton_key": singleton_key,
+    }
 
 
 def request(

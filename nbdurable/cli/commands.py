@@ -225,6 +225,29 @@ def run(
         str | None,
         typer.Option(metavar="B", help="Pause it when its model calls have taken 2.50, or '200k tokens'."),
     ] = None,
+    key_ttl: Annotated[str, typer.Option(metavar="T", help="How long the idempotency key counts.")] = "30d",
+    debounce: Annotated[
+        str | None, typer.Option(metavar="T", help="Begin it when nobody has asked for it so long.")
+    ] = None,
+    debounce_key: Annotated[
+        str | None, typer.Option(metavar="K", help="Which runs are one, while they are delayed.")
+    ] = None,
+    debounce_mode: Annotated[
+        str, typer.Option(metavar="leading|trailing", help="Whose parameters count: the first's, the last's.")
+    ] = "leading",
+    debounce_max: Annotated[
+        str | None, typer.Option(metavar="T", help="Begin it so long after it was first asked for.")
+    ] = None,
+    singleton: Annotated[
+        str | None,
+        typer.Option(
+            metavar="skip|cancel|queue",
+            help="While another run of the notebook is open: take it, cancel it, wait.",
+        ),
+    ] = None,
+    singleton_key: Annotated[
+        str | None, typer.Option(metavar="K", help="What makes runs of one kind, instead of the notebook.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Queue the run and return.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -238,7 +261,7 @@ def run(
     allowed = None if budget is None else spending.budget(budget)
     values = (parameters.read_file(file) if file else {}) | parameters.read_pairs(parameter or ())
     from nbdurable.cli.follow import heading
-    from nbdurable.notebooks import create_headless
+    from nbdurable.notebooks import conditions, create_headless
 
     screen = Screen(json=as_json)
     client = connect(notebook, existing=False)
@@ -259,6 +282,15 @@ def run(
         questions=not no_questions,
         until=until,
         budget=allowed,
+        begins=conditions(
+            key_ttl=key_ttl,
+            debounce=debounce,
+            debounce_key=debounce_key,
+            debounce_mode=debounce_mode,
+            debounce_max=debounce_max,
+            singleton=singleton,
+            singleton_key=singleton_key,
+        ),
         warn=lambda sentence: warn(("note: ", "yellow"), sentence),
     )
     screen.say(
@@ -298,6 +330,12 @@ def list_runs(
     tag: Annotated[
         str | None, typer.Option("-t", "--tag", metavar="T", help="Only runs with this tag.")
     ] = None,
+    parent: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Only runs that this one started.")
+    ] = None,
+    root: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Only runs of the tree below this one.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 50,
     as_json: Json = False,
 ) -> None:
@@ -308,6 +346,8 @@ def list_runs(
         status=status,
         notebook=str(notebook.expanduser().absolute()) if notebook else None,
         tag=tag,
+        parent=parent,
+        root=root,
         limit=limit,
     )
     runs = connect(look=True).call(LIST_RUNS, wanted).runs if find_home().root.exists() else ()

@@ -81,6 +81,9 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
             f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in run.parameters.items()
         ),
         "tags": ", ".join(run.tags),
+        "parent": run.parent_id
+        and f"run {run.parent_id[-8:]}" + (f", step {run.parent_step}" if run.parent_step else ""),
+        "trace": run.trace_id if run.parent_id else "",
         "lineage": lineage(run),
         "until": run.until,
         "set by hand": ", ".join(
@@ -145,6 +148,19 @@ def print_run(run: RunDetail, screen: Screen, home: Home) -> None:
             again = "" if attempt.again_in_s is None else f" · again in {span(attempt.again_in_s)}"
             at = clock(attempt.started_at)
             screen.say(("✗", "red"), f" {step.name}, attempt {attempt.number} at {at}: {said}{again}")
+    if run.children:
+        screen.say()
+        rows_ = [
+            (
+                one.id[-8:],
+                (one.status.value, STYLES[one.status]),
+                near(Path(one.notebook)),
+                one.step or "",
+                clip(one.reason, 80),
+            )
+            for one in run.children
+        ]
+        screen.table(("CHILD", "STATUS", "NOTEBOOK", "STEP", "REASON"), rows_)
     if run.waits:
         screen.say()
         _waits_table(run.waits, screen)

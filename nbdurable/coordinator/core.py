@@ -85,6 +85,8 @@ class Core:
         self.delayed: dict[str, float] = {}  # run id → when it begins
         self.expiring: dict[str, float] = {}  # run id → when it expires
         self.awaited: dict[str, set[str]] = {}  # run id → ids of the open waits for its end
+        self.singletons: dict[str, set[str]] = {}  # key → ids of its open runs
+        self.held: dict[str, None] = {}  # ids of queued runs that another one of their kind goes before
         self.to_offer: set[str] = set()  # ids of open waits that may have missed what they wait for
         self.children: dict[str, set[str]] = {}  # run id → ids of its open children
         self.fallen: dict[
@@ -107,11 +109,14 @@ class Core:
                 if run.cancel_requested:
                     live.lease.cancel_by = self.cancel_deadline()
             elif run.status is RunStatus.QUEUED:
-                self.queue[run.id] = None
+                (self.held if run.singleton and not run.epoch else self.queue)[run.id] = None
+            if run.singleton_key is not None:
+                self.singletons.setdefault(run.singleton_key, set()).add(run.id)
             self._time(run)
             if run.parent_id is not None:
                 self.children.setdefault(run.parent_id, set()).add(run.id)
                 self.fallen[run.parent_id] = None  # a crash may have come before they heard of it
+        self._let_go()
         for wait in self.store.open_waits():
             self.keep_wait(wait)
 
@@ -373,13 +378,47 @@ class Core:
         elif live.lease is None or live.lease.driver is not run.driver:
             live.lease = self.new_lease(run.driver)
         if run.status is RunStatus.QUEUED:
-            if run.id not in self.queue:
-                self.queue[run.id] = None
-                self.queued.notify()
-                if not self.stopping:
-                    self.workers.provide()
+            if run.singleton_key is not None and not run.epoch:
+                self.held[run.id] = None
+            else:
+                self._queue(run.id)
         else:
             self.queue.pop(run.id, None)
+            self.held.pop(run.id, None)
+        if run.singleton_key is not None:
+            if run.status.is_final:
+                _discard(self.singletons, run.singleton_key, run.id)
+            else:
+                self.singletons.setdefault(run.singleton_key, set()).add(run.id)
+            self._let_go()
+
+    def _queue(self, run_id: str) -> None:
+        if run_id not in self.queue:
+            self.queue[run_id] = None
+            self.queued.notify()
+            if not self.stopping:
+                self.workers.provide()
+
+    def ahead_of(self, run: Run) -> list[Run]:
+        """Return the open runs that a run which has not begun waits for, since it is a singleton."""
+        if run.singleton is None or run.epoch:
+            return []
+        others = [
+            self.runs[one].run for one in self.singletons.get(str(run.singleton_key), ()) if one != run.id
+        ]
+        mine = (run.created_at, run.id)
+        return [
+            one
+            for one in others
+            if one.status is not RunStatus.DELAYED or one.epoch
+            if one.id not in self.held or (one.created_at, one.id) < mine
+        ]
+
+    def _let_go(self) -> None:
+        """Queue the held runs that no other one of their kind goes before any more."""
+        for run_id in [one for one in self.held if not self.ahead_of(self.runs[one].run)]:
+            del self.held[run_id]
+            self._queue(run_id)
 
     def _relate(self, run: Run) -> None:
         """Remember whose child a run is while it is open, and whether its own children have to hear of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nbdurable import contract
 from nbdurable.coordinator.core import Change, Core, label
@@ -58,6 +59,11 @@ class Creation:
         made = []
         for one, key in zip(wanted, keys, strict=True):
             found = known.get(key) if key is not None else None
+            found = (
+                found
+                or self._delayed(one, parent.run.id if parent is not None else None)
+                or self._single(one)
+            )
             if found is None or _is_other(found, one):
                 change = self.new(one, key, parent)
                 assert change.run is not None
@@ -76,22 +82,64 @@ class Creation:
         runs = [live.run if (live := self._core.runs.get(run.id)) is not None else run for run in found]
         return {str(run.idempotency_key): run for run in runs}
 
+    def _delayed(self, wanted: contract.CreateRun, parent_id: str | None) -> Run | None:
+        """Return the run that a debounced one is part of: the one with its key that has not begun."""
+        if wanted.debounce_s is None:
+            return None
+        key = _debounce_key(wanted, parent_id)
+        runs = (
+            live.run for run_id in self._core.delayed if (live := self._core.runs.get(run_id)) is not None
+        )
+        return next((run for run in runs if run.debounce_key == key and not run.epoch), None)
+
+    def _single(self, wanted: contract.CreateRun) -> Run | None:
+        """Return the open run that makes one that is to be skipped needless."""
+        if wanted.singleton != "skip":
+            return None
+        ids = self._core.singletons.get(wanted.singleton_key or wanted.notebook, ())
+        return min((self._core.runs[one].run for one in ids), key=lambda run: run.created_at, default=None)
+
+    async def put_off(self, wanted: Iterable[contract.CreateRun], parent_id: str | None = None) -> None:
+        """Let runs that are asked for again while they are delayed begin later; no run is held meanwhile."""
+        for one in wanted:
+            if (found := self._delayed(one, parent_id)) is None:
+                continue
+            async with self._core.locked(found.id) as live:
+                run = live.run
+                if run.status is not RunStatus.DELAYED or run.epoch:
+                    continue  # it has begun: another one is made
+                at = self._core.clock.now()
+                begins_at = min(at + (one.debounce_s or 0.0), run.debounce_until or float("inf"))
+                reason = f"asked for again; begins in {span(max(0.0, begins_at - at))}"
+                changes: dict[str, Any] = {"begins_at": begins_at, "reason": reason, "updated_at": at}
+                if one.debounce_mode == "trailing":
+                    changes |= {name: getattr(one, name) for name in _NEWEST}
+                if run.expires_at is not None and run.begins_at is not None:
+                    changes["expires_at"] = run.expires_at + begins_at - run.begins_at
+                run = run.model_copy(update=changes)
+                await self._core.commit(live, [self._core.event(run, Kind.RUN_PUT_OFF, reason)], run=run)
+
     def new(self, wanted: contract.CreateRun, key: str | None, parent: Parent | None = None) -> Change:
         """Return a new run, with what is to be committed."""
         at = self._core.clock.now()
         headless = wanted.kind is DriverKind.HEADLESS
         fields = {name: value for name, value in wanted if name not in _OTHERS}
         reason = f"{label(wanted.driver)} drives it" if wanted.driver else "waits for a worker"
-        status, begins_at = RunStatus.QUEUED if headless else RunStatus.RUNNING, at + wanted.delay_s
-        if wanted.delay_s:
-            status, reason = RunStatus.DELAYED, f"begins in {span(wanted.delay_s)}"
+        status = RunStatus.QUEUED if headless else RunStatus.RUNNING
+        delay_s = wanted.debounce_s or wanted.delay_s
+        begins_at = at + delay_s
+        if delay_s:
+            status, reason = RunStatus.DELAYED, f"begins in {span(delay_s)}"
         run_id = new_run_id(at)
         above = parent.run if parent is not None else None
         run = Run(
             id=run_id,
             status=status,
             reason=reason,
-            begins_at=begins_at if wanted.delay_s else None,
+            begins_at=begins_at if delay_s else None,
+            debounce_key=_debounce_key(wanted, above.id if above is not None else None),
+            debounce_until=at + wanted.debounce_max_s if wanted.debounce_max_s else None,
+            singleton_key=(wanted.singleton_key or wanted.notebook) if wanted.singleton else None,
             expires_at=None if wanted.ttl_s is None else begins_at + wanted.ttl_s,
             driven_since=None if headless else at,
             epoch=0 if headless else 1,
@@ -114,7 +162,11 @@ class Creation:
         return Change(live, (self._core.event(run, Kind.RUN_CREATED, f"{said}; {reason}"),), run)
 
 
-_OTHERS = ("idempotency_key", "key_scope", "key_ttl_s", "call", "delay_s", "ttl_s", "source", "share")
+_NEWEST = ("notebook", "snapshot", "parameters", "tags", "steps_total", "kernel_name", "output", "cwd")
+_OTHERS = {
+    *("idempotency_key", "key_scope", "key_ttl_s", "call", "delay_s", "ttl_s", "source", "share"),
+    *("debounce_s", "debounce_key", "debounce_mode", "debounce_max_s", "singleton_key"),
+}
 _CALL = "call:"  # how the key of a child begins that was given none
 _RUN = "run:"  # and of one whose key counts within its parent only
 
@@ -129,6 +181,12 @@ def _key(wanted: contract.CreateRun, parent: Parent | None) -> str | None:
         return wanted.idempotency_key
     assert parent is not None
     return f"{_RUN}{parent.run.id}:{wanted.idempotency_key}"
+
+
+def _debounce_key(wanted: contract.CreateRun, parent_id: str | None) -> str | None:
+    if wanted.debounce_key is None or wanted.key_scope == "global":
+        return wanted.debounce_key
+    return f"{_RUN}{parent_id}:{wanted.debounce_key}"
 
 
 def _is_other(found: Run, wanted: contract.CreateRun) -> bool:
@@ -156,6 +214,12 @@ def _check(wanted: contract.CreateRun, parent: Parent | None) -> None:
             "only a headless run can be delayed, expire, time out or be retried",
             todo="leave those out, or create it headless",
         )
+    if (wanted.debounce_s is None) != (wanted.debounce_key is None):
+        raise UsageError(
+            "a run that is debounced has a time and a key", todo="give both: debounce='30s', debounce_key='…'"
+        )
+    if wanted.debounce_s is not None and (wanted.delay_s or not headless):
+        raise UsageError("a debounced run is headless, and has no other delay", todo="leave `delay` out")
     if parent is None:
         if wanted.key_scope == "run":
             raise UsageError(

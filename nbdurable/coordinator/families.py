@@ -53,6 +53,13 @@ class Families:
                     with suppress(IllegalMove):  # it ended meanwhile
                         await self.cancel(run_id, reason)
             self._core.fallen.pop(parent_id, None)
+        for run_id in list(self._core.held):
+            live = self._core.runs.get(run_id)
+            if live is not None and live.run.singleton == "cancel":
+                for other in self._core.ahead_of(live.run):
+                    if not other.cancel_requested:
+                        with suppress(IllegalMove):  # it ended meanwhile
+                            await self.cancel(other.id, f"cancelled: run {live.run.short} takes its place")
 
 
 def started(child: Run) -> tuple[str, dict[str, Any]]:

@@ -50,6 +50,7 @@ class Kind(StrEnum):
     RUN_REPAIRED = "run_repaired"
     RUN_DELAYED = "run_delayed"
     BUDGET_SET = "budget_set"
+    RUN_PUT_OFF = "run_put_off"
     CHILD_STARTED = "child_started"
     RESULT_SET = "result_set"
     METADATA_CHANGED = "metadata_changed"
@@ -189,6 +190,7 @@ class Fold:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self._steps: dict[str, StepState] = {}
         self.usage = Usage()
+        self.has_children = False
         for event in events:
             self.apply(event)
 
@@ -209,6 +211,8 @@ class Fold:
         """Take the next event of the run."""
         if event.kind in END_OF_DRIVING:
             self._lose(event)
+        elif event.kind == Kind.CHILD_STARTED:
+            self.has_children = True
         elif event.kind == Kind.CHECKPOINTS_REMOVED:
             self._remove(event)
         elif event.step is not None and event.kind in _STEP_EVENTS:

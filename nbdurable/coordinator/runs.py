@@ -16,10 +16,11 @@ from nbdurable.contract import Endpoint
 from nbdurable.coordinator.core import Change, Core, fence, hold_deadline
 from nbdurable.coordinator.creation import Creation
 from nbdurable.coordinator.families import Families, started
-from nbdurable.coordinator.fold import Kind
+from nbdurable.coordinator.fold import Fold, Kind
 from nbdurable.errors import StoreFull
 from nbdurable.lifecycle import Happening
 from nbdurable.models import (
+    ChildRun,
     Run,
     RunDetail,
     RunStatus,
@@ -57,7 +58,15 @@ class Runs:
         return contract.Runs(runs=tuple(await self._create(wanted.runs)))
 
     async def start_children(self, wanted: contract.StartChildren) -> contract.Runs:
-        async with self._core.creating, self._core.driven(wanted.run_id, wanted.epoch) as live:
+        async with self._core.creating:
+            fence(await self._core.current(wanted.run_id), wanted.epoch)
+            await self._creation.put_off(wanted.children, wanted.run_id)
+            made = await self._start(wanted)
+        await self._families.see_to()
+        return contract.Runs(runs=tuple(made))
+
+    async def _start(self, wanted: contract.StartChildren) -> list[Run]:
+        async with self._core.driven(wanted.run_id, wanted.epoch) as live:
             parent = await self._creation.parent(live, wanted.step)
             made = await self._creation.make(wanted.children, parent)
             new = [one.change for one in made if one.change is not None]
@@ -69,20 +78,23 @@ class Runs:
             if new:
                 async with self._core.born(change.live for change in new):
                     await self._core.commit_all([Change(live, tuple(said)), *new])
-            return contract.Runs(runs=tuple(one.run for one in made))
+            return [one.run for one in made]
 
     async def _create(self, wanted: Sequence[contract.CreateRun]) -> list[Run]:
         async with self._core.creating:
+            await self._creation.put_off(wanted)
             made = await self._creation.make(wanted)
             new = [one.change for one in made if one.change is not None]
             if new:
                 async with self._core.born(change.live for change in new):
                     await self._core.commit_all(new)
-            return [one.run for one in made]
+        await self._families.see_to()
+        return [one.run for one in made]
 
     async def list_runs(self, wanted: contract.ListRuns) -> contract.Runs:
-        if wanted.before is not None:
-            wanted = wanted.model_copy(update={"before": await self._core.resolve(wanted.before)})
+        typed = {name: getattr(wanted, name) for name in ("before", "parent", "root")}
+        named = {name: await self._core.resolve(run) for name, run in typed.items() if run is not None}
+        wanted = wanted.model_copy(update=named)
         return contract.Runs(runs=tuple(await self._core.read(self._core.store.runs, wanted)))
 
     async def get_run(self, wanted: contract.ByRun) -> RunDetail:
@@ -92,7 +104,28 @@ class Runs:
         waits = await self._core.read(
             self._core.store.waits, contract.ListWaits(run_id=run.id, status=None, limit=_ALL)
         )
-        return RunDetail(**dict(run), steps=fold.steps(), waits=tuple(waits), usage=fold.usage)
+        return RunDetail(
+            **dict(run),
+            steps=fold.steps(),
+            waits=tuple(waits),
+            usage=fold.usage,
+            children=await self._children(run.id, fold),
+        )
+
+    async def _children(self, run_id: str, fold: Fold) -> tuple[ChildRun, ...]:
+        """Return the runs that a run started, oldest first; its history says whether there are any."""
+        if not fold.has_children:
+            return ()
+        found = await self._core.read(self._core.store.runs, contract.ListRuns(parent=run_id, limit=_ALL))
+        newest = [
+            self._core.runs[one.id].run if one.id in self._core.runs else one for one in reversed(found)
+        ]
+        return tuple(
+            ChildRun(
+                id=one.id, notebook=one.notebook, status=one.status, reason=one.reason, step=one.parent_step
+            )
+            for one in newest
+        )
 
     async def read_events(self, wanted: contract.ReadEvents) -> contract.Events:
         run = await self._core.current(wanted.run_id)

@@ -33,7 +33,6 @@ from nbdurable.kernel.session import Session, current
 from nbdurable.kernel.waits import When, deadline
 from nbdurable.lifecycle import outcome
 from nbdurable.models import DriverKind, Run, RunStatus, WaitAnswer, WaitKind
-from nbdurable.policies import seconds
 from nbdurable.security import load_key
 from nbdurable.settings import Home, Settings, find_home
 from nbdurable.telemetry import fault_point
@@ -139,6 +138,12 @@ class Child:
                 "there is no run here that could wait",
                 todo="in a script, `durable.trigger(…).wait()` waits for a run",
             )
+        begins = self.options["begins"]
+        if begins["debounce_s"] is not None or begins["singleton"] is not None:
+            raise UsageError(
+                f"{self.notebook.name} can't be debounced, or a singleton, and be waited for by the same words",
+                todo="`durable.trigger(…, debounce=…).wait()` waits for whichever run that is",
+            )
         blobs = session.blobs
         asked, call = self._asked(lambda prepared: blobs.put(prepared.snapshot), session)
         blobs.sync()
@@ -156,7 +161,9 @@ class Child:
     ) -> tuple[CreateRun, str | None]:
         """Return the question that starts it, and the name of the call that does."""
         options = dict(self.options)
-        more = {name: options.pop(name) for name in ("key_scope", "key_ttl_s", "cancel_with_parent")}
+        more = {name: options.pop(name) for name in ("key_scope", "cancel_with_parent")} | options.pop(
+            "begins"
+        )
         try:
             question, _ = notebooks.request(write, self.notebook, **options)
         except UsageError:
@@ -186,14 +193,26 @@ def child(
     run_timeout: str | float | timedelta | None = None,
     delay: str | float | timedelta = 0.0,
     ttl: str | float | timedelta | None = None,
+    debounce: str | float | timedelta | None = None,
+    debounce_key: str | None = None,
+    debounce_mode: Literal["leading", "trailing"] = "leading",
+    debounce_max: str | float | timedelta | None = None,
+    singleton: Literal["skip", "cancel", "queue"] | None = None,
+    singleton_key: str | None = None,
     cancel_with_parent: bool = False,
 ) -> Child:
     """Describe a run for `trigger_batch`, `first_of` and `all_of`; the arguments are those of `trigger_and_wait`."""
     if key_scope not in ("run", "global"):
         raise UsageError(f"key_scope={key_scope!r} is not known", todo="use 'run' or 'global'")
-    key_ttl_s = seconds(key_ttl)
-    if not 0 < key_ttl_s <= contract.MAX_KEY_LIFE_S:
-        raise UsageError(f"key_ttl={key_ttl!r} can't be the life of a key", todo="give a time up to 365d")
+    begins = notebooks.conditions(
+        key_ttl=key_ttl,
+        debounce=debounce,
+        debounce_key=debounce_key,
+        debounce_mode=debounce_mode,
+        debounce_max=debounce_max,
+        singleton=singleton,
+        singleton_key=singleton_key,
+    )
     if isinstance(tags, str):
         raise UsageError(f"tags={tags!r} is one text", todo=f"give a list: tags=[{tags!r}]")
     session = current()
@@ -205,7 +224,7 @@ def child(
         "tags": tuple(tags),
         "idempotency_key": idempotency_key,
         "key_scope": key_scope,
-        "key_ttl_s": key_ttl_s,
+        "begins": begins,
         "retries": retries,
         "timeout": run_timeout,
         "delay": delay,
@@ -227,6 +246,12 @@ def trigger(
     run_timeout: str | float | timedelta | None = None,
     delay: str | float | timedelta = 0.0,
     ttl: str | float | timedelta | None = None,
+    debounce: str | float | timedelta | None = None,
+    debounce_key: str | None = None,
+    debounce_mode: Literal["leading", "trailing"] = "leading",
+    debounce_max: str | float | timedelta | None = None,
+    singleton: Literal["skip", "cancel", "queue"] | None = None,
+    singleton_key: str | None = None,
     cancel_with_parent: bool = False,
 ) -> RunHandle:
     """Start a headless run of a notebook as it is now, as a child of this run; it goes on by itself.
@@ -238,9 +263,15 @@ def trigger(
 
     `idempotency_key`: what tells runs apart instead. The run that was first started with it is returned for `key_ttl`
     (30 days), unless that failed or was cancelled; `key_scope`: "run" among the children of this run, "global" among
-    all runs of the project. `retries`, `run_timeout`, `delay` and `ttl` are those of `nbdurable run`. Cancelling a run
-    cancels its children. If it fails they go on, unless `cancel_with_parent`. In a script the run has no parent.
-    Raises NotebookError, StepUsageError or ParameterError for what can't be run, before anything is started.
+    all runs of the project.
+
+    `debounce="30s"`, by `debounce_key`: the run begins when nobody has asked for it so long, or `debounce_max` after it
+    was first asked for; the parameters of the first ("leading") or of the newest ("trailing") asker count. `singleton`,
+    by notebook or `singleton_key`: while another run of the kind is open, "skip" returns that one, "cancel" cancels it
+    first, "queue" waits for its end. `retries`, `run_timeout`, `delay` and `ttl` are those of `nbdurable run`.
+    Cancelling a run cancels its children. If it fails they go on, unless `cancel_with_parent`. In a script the run
+    has no parent. Raises NotebookError, StepUsageError or ParameterError for what can't be run, before anything is
+    started.
     """
     one = child(
         notebook,
@@ -253,6 +284,12 @@ def trigger(
         run_timeout=run_timeout,
         delay=delay,
         ttl=ttl,
+        debounce=debounce,
+        debounce_key=debounce_key,
+        debounce_mode=debounce_mode,
+        debounce_max=debounce_max,
+        singleton=singleton,
+        singleton_key=singleton_key,
         cancel_with_parent=cancel_with_parent,
     )
     return trigger_batch([one])[0]

@@ -81,6 +81,8 @@ WHERE ($status IS NULL OR status = $status)
     AND ($kind IS NULL OR kind = $kind)
     AND ($tag IS NULL OR list_contains(tags, $tag))
     AND ($before IS NULL OR id < $before)
+    AND ($parent IS NULL OR body ->> '$.parent_id' = $parent)
+    AND ($root IS NULL OR body ->> '$.root_id' = $root)
 ORDER BY id DESC LIMIT $limit
 
 -- name: events

@@ -393,3 +393,95 @@ def test_each_child_is_started_once_and_answers_once(tmp_path_factory: Any, move
 
     world.play(check)
     asyncio.set_event_loop(None)
+
+
+# Debounce and singletons -----------------------------------------------------------------------------------
+
+
+async def ask(engine: Engine, parameters: dict[str, Any] | None = None, **more: Any) -> Run:
+    wanted = child(None, parameters=parameters or {}, **more)
+    return (await engine.answer(contract.CREATE_RUNS, contract.CreateRuns(runs=(wanted,)))).runs[0]
+
+
+@pytest.mark.parametrize(("mode", "counts"), [("leading", 1), ("trailing", 3)])
+def test_what_is_asked_for_again_begins_once_when_nobody_asks_any_more(
+    world: World, mode: Any, counts: int
+) -> None:
+    """A debounced run begins a while after it was last asked for, at the latest after its maximum; over restarts."""
+    more: dict[str, Any] = {
+        "debounce_s": 30,
+        "debounce_key": "user-7",
+        "debounce_mode": mode,
+        "debounce_max_s": 70,
+    }
+
+    async def first(engine: Engine) -> Run:
+        run = await ask(engine, {"n": 1}, **more)
+        assert run.status is RunStatus.DELAYED
+        world.clock.at += 20
+        assert (await ask(engine, {"n": 2}, **more)).id == run.id
+        assert (await ask(engine, {"n": 9}, **{**more, "debounce_key": "user-8"})).id != run.id
+        return run
+
+    async def later(engine: Engine) -> None:
+        world.clock.at += 20
+        await engine.tick()
+        assert (await ask(engine, {"n": 3}, **more)).id == run.id
+        world.clock.at += 29
+        await engine.tick()
+        assert (await show(engine, run)).status is RunStatus.DELAYED
+        world.clock.at += 1
+        await engine.tick()
+        begun = await show(engine, run)
+        assert (begun.status, begun.parameters) == (RunStatus.QUEUED, {"n": counts})
+        assert (await ask(engine, {"n": 4}, **more)).id != run.id
+
+    run = world.play(first)
+    world.play(later)
+
+
+def test_a_debounce_without_a_key_or_with_another_delay_is_refused(world: World) -> None:
+    async def story(engine: Engine) -> None:
+        for more in ({"debounce_s": 30}, {"debounce_key": "k"}):
+            with pytest.raises(UsageError, match="has a time and a key"):
+                await ask(engine, **more)
+        with pytest.raises(UsageError, match="no other delay"):
+            await ask(engine, debounce_s=30, debounce_key="k", delay_s=1)
+        assert not await all_runs(engine)
+
+    world.play(story)
+
+
+def test_singletons_are_skipped_queued_or_take_the_other_s_place(world: World) -> None:
+    """Of the runs of one kind at most one is driven, also over restarts and while it waits."""
+
+    async def first(engine: Engine) -> tuple[Run, Run]:
+        one = await ask(engine, singleton="queue")
+        assert (await ask(engine, singleton="skip")).id == one.id
+        two = await ask(engine, singleton="queue")
+        one = await lease(engine, driver())
+        await gate(engine, one, contract.WaitSpec(key="t", kind=WaitKind.TIMER, title="sleep", due_in_s=10))
+        await end(engine, one, "suspend")
+        return one, two
+
+    async def later(engine: Engine) -> None:
+        work = contract.LeaseWork(driver=driver(), slots=5)
+        assert not (await engine.answer(contract.LEASE_WORK, work)).runs
+        world.clock.at += 11
+        await engine.tick()
+        (again,) = (await engine.answer(contract.LEASE_WORK, work)).runs
+        assert again.id == one.id
+        await end(engine, again)
+        (second,) = (await engine.answer(contract.LEASE_WORK, work)).runs
+        assert second.id == two.id
+        third = await ask(engine, singleton="cancel")
+        assert (await beat(engine, second)).cancel
+        assert not (await engine.answer(contract.LEASE_WORK, work)).runs
+        await end(engine, second, "cancel")
+        (last,) = (await engine.answer(contract.LEASE_WORK, work)).runs
+        assert last.id == third.id
+        other = await ask(engine, singleton="queue", singleton_key="other")
+        assert [run.id for run in (await engine.answer(contract.LEASE_WORK, work)).runs] == [other.id]
+
+    one, two = world.play(first)
+    world.play(later)
