@@ -4,7 +4,8 @@ Run: `python -m tests.benchmarks.resume [--size MB] [--turns N]`. The state is a
 earlier one left: arrays (60 % of the bytes), frames of numbers and texts (30 %), chat messages as lists of dicts
 (10 %). Interactive is "run all": all cells are sent at once to a new kernel, as JupyterLab does, `%load_ext` first.
 Headless is `nbdurable resume` of a run that failed in its last cell. Beside both stands the same number of cells that
-do nothing, executed by the same kernel or by papermill's own engine: what Jupyter takes for itself.
+do nothing, executed by the same kernel or by papermill's own engine: what Jupyter takes for itself. Processor time is
+the kernel's between the same two cells, and the coordinator's.
 """
 
 from __future__ import annotations
@@ -73,13 +74,21 @@ def step_bodies(size: int) -> list[str]:
 def cells(bodies: list[str], record: Path, *, ending: str = "") -> list[str]:
     """Return a notebook's cells: it notes when its first and its last cell ran, and its memory after the last."""
     rss = "int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')"
-    last = f"record = {{'seconds': time.time() - began, 'rss': {rss}, 'base': base}}\n"
+    took = "'seconds': time.time() - began, 'cpu': time.process_time() - used"
+    last = f"record = {{{took}, 'rss': {rss}, 'base': base}}\n"
     last += f"with open({str(record)!r}, 'w') as f:\n    json.dump(record, f)\n{ending}"
-    return [IMPORTS, f"base = {rss}\n{FIRST}", HELPERS, *bodies, last]
+    return [IMPORTS, f"base, used = {rss}, time.process_time()\n{FIRST}", HELPERS, *bodies, last]
 
 
 def steps_of(bodies: list[str]) -> list[str]:
     return [f"%%step s{number}\n{body}" for number, body in enumerate(bodies)]
+
+
+def busy_s(home: Home) -> float:
+    """Return the processor time that the coordinator has used."""
+    pid = json.loads(home.coordinator.read_text())["pid"]
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_all(kernel: Kernel, sources: list[str], *, at_once: bool = True) -> float:
@@ -99,7 +108,9 @@ def interactive(folder: Path, home: Home, bodies: list[str], turns: int) -> dict
     sources = cells(steps_of(bodies), record)
     path = notebooks.write(folder / "interactive.ipynb", sources)
     kernel = Kernel(home.root, path, folder)
-    found: dict[str, Any] = {"resume": [], "rss": [], "empty": [], "load": []}
+    found: dict[str, Any] = {
+        key: [] for key in ("resume", "rss", "empty", "load", "cpu", "empty cpu", "coordinator")
+    }
     try:
         first = run_all(kernel, ["%load_ext nbdurable", *sources], at_once=False)
         found["first"] = first
@@ -108,14 +119,18 @@ def interactive(folder: Path, home: Home, bodies: list[str], turns: int) -> dict
             kernel.restart()
             run_all(kernel, [IMPORTS])  # what the libraries load is no cost of resuming
             found["load"].append(run_all(kernel, ["%load_ext nbdurable"]))
+            before = busy_s(home)
             found["resume"].append(run_all(kernel, sources))
+            found["coordinator"].append(busy_s(home) - before)
             noted = json.loads(record.read_text())
+            found["cpu"].append(noted["cpu"])
             found["rss"].append(noted["rss"] - noted["base"])
             kernel.restart()
             run_all(kernel, [IMPORTS])
             found["empty"].append(
                 run_all(kernel, cells([f"e{i} = {i}\nprint(e{i})" for i in range(STEPS)], record))
             )
+            found["empty cpu"].append(json.loads(record.read_text())["cpu"])
     finally:
         kernel.shutdown()
     return found
@@ -140,19 +155,25 @@ def headless(folder: Path, home: Home, bodies: list[str], turns: int) -> dict[st
     found: dict[str, Any] = {
         "first": json.loads(record.read_text())["seconds"],
         "resume": [],
-        "rss": [],
-        "empty": [],
+        **{key: [] for key in ("rss", "empty", "cpu", "empty cpu", "coordinator")},
     }
     plain = [f"e{i} = {i}\nprint(e{i})" for i in range(STEPS)]
     empty = notebooks.write(folder / "empty.ipynb", cells(plain, record))
     for _ in range(turns):
-        command("nbdurable", "resume", run["id"], "--json", env=env, fails=True)
+        before = busy_s(home)
+        command("nbdurable", "resume", run["id"], "--json", env=env)
+        for _ in Client(home).follow(run["id"]):
+            pass  # until it has failed again
+        found["coordinator"].append(busy_s(home) - before)
         noted = json.loads(record.read_text())
+        found["cpu"].append(noted["cpu"])
         found["resume"].append(noted["seconds"])
         found["rss"].append(noted["rss"] - noted["base"])
         words = ("papermill", "--no-progress-bar", "--no-request-save-on-cell-execute", str(empty), str(out))
         command(*words, env=env)
-        found["empty"].append(json.loads(record.read_text())["seconds"])
+        noted = json.loads(record.read_text())
+        found["empty"].append(noted["seconds"])
+        found["empty cpu"].append(noted["cpu"])
     return found
 
 
@@ -165,6 +186,7 @@ def main() -> None:
     raw: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="nbdurable-bench-") as name:
         folder = Path(name)
+        os.environ["NBDURABLE_CONFIG"] = str(folder / "config")  # its stores are trusted there
         home = Home(folder / "home").create()
         bodies = step_bodies(options.size << 20)
         ways = {"interactive": interactive, "headless": headless}
@@ -183,6 +205,13 @@ def main() -> None:
             Row(f"{way}: {STEPS} steps, {options.size} MB, first run", f"{found['first']:.1f} s"),
             Row("  resumed, first to last cell", f"{whole:.2f} s", each, "≤ 1 s", whole <= 1),
             Row(f"  of it {jupyters} for as many cells that do nothing", f"{empty:.2f} s", floor),
+            Row(
+                "  processor time: kernel, coordinator, kernel for cells that do nothing",
+                " · ".join(
+                    f"{statistics.median(found[key]):.2f}" for key in ("cpu", "coordinator", "empty cpu")
+                )
+                + " s",
+            ),
             Row("  memory after it", f"{statistics.median(found['rss']) / 1e6:.0f} MB"),
         ]  # fmt: skip
     show("resume", rows, raw)
