@@ -87,6 +87,33 @@ class Client:
         )
         return endpoint.answer.model_validate_json(response.body)
 
+    def ask(self, endpoint: Endpoint[Question, Answer], question: Question) -> Callable[[], Answer]:
+        """Send a question, and return what waits for its answer, as `call` does: other work may be done meanwhile.
+
+        Trouble of any kind is seen, and mended by asking again, when the answer is taken.
+        """
+        path, body = _encode(endpoint, question)
+        asked: _Connection | None = None
+        with contextlib.suppress(*_TROUBLE):
+            asked = self._connection()
+            asked.wait_at_most(self._timeout_s)
+            asked.send(endpoint.method, path, self._headers, body)
+
+        def take() -> Answer:
+            if asked is not None:
+                try:
+                    response = self._taken(asked, asked.receive())
+                except _TROUBLE:
+                    asked.close()
+                except BaseException:
+                    asked.close()
+                    raise
+                else:
+                    return endpoint.answer.model_validate_json(response.body)
+            return self.call(endpoint, question)
+
+        return take
+
     def send(
         self,
         event: str,
@@ -155,13 +182,17 @@ class Client:
                 self._recover(trouble, deadline, failures)
                 failures += 1
                 continue
-            if response.is_last:
-                connection.close()
-            else:
-                self._idle.append(connection)
-            if response.status == 200:
-                return response
-            raise _error(response.status, response.body)
+            return self._taken(connection, response)
+
+    def _taken(self, connection: _Connection, response: _Response) -> _Response:
+        """Keep the connection of a whole answer; raises the error that it may be."""
+        if response.is_last:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        if response.status == 200:
+            return response
+        raise _error(response.status, response.body)
 
     def follow(self, run_id: str, after: int = 0) -> Iterator[Event]:
         """Yield a run's events after the sequence number `after`, as they happen, until the run has ended."""
@@ -282,6 +313,9 @@ class _Connection:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
+
+    def __del__(self) -> None:
+        self.close()  # an answer that nobody takes any more
 
     def wait_at_most(self, seconds: float) -> None:
         self._socket.settimeout(seconds)

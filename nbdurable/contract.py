@@ -47,6 +47,10 @@ from nbdurable.policies import MAX_RETRIES
 Question = TypeVar("Question", bound=Shape)
 Answer = TypeVar("Answer", bound=Shape)
 
+CELL_MARK = (
+    "application/vnd.nbdurable.cell+json"  # of a display by which a kernel tells its runner about cells
+)
+
 HOLD_S = 20.0  # longest time that a long poll is held
 KEY_LIFE_S = 30 * 86_400.0  # how long an idempotency key returns the first run
 MAX_KEY_LIFE_S = 365 * 86_400.0

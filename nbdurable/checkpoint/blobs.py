@@ -354,7 +354,7 @@ class LocalBlobs:
             self._pending += [_Mapped(digest, size, needed_by, memory) for digest, size in parts]
             if self._checker is None:
                 self._checker = threading.Timer(_VERIFY_AFTER_S, self._check_mapped)
-                self._checker.daemon = True
+                self._checker.name, self._checker.daemon = "nbdurable-verifier", True
                 self._checker.start()
         return view
 

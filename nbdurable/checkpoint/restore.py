@@ -12,7 +12,7 @@ import gc
 import io
 import pickle
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,40 @@ from nbdurable.errors import BlobDamaged, BlobMissing, CheckpointError, NotResto
 __all__ = ["Unsaved", "load", "make_again", "restore", "values"]
 
 
-class _Referring(pickle.Unpickler):
+# Whose objects run nothing of the notebook's, neither when they are loaded nor when they are dropped
+_LIBRARIES = frozenset(
+    {"numpy", "pandas", "pyarrow", "polars", "datetime", "decimal", "fractions", "collections", "uuid"}
+)
+_PLAIN = {
+    "builtins": {
+        "bytearray",
+        "complex",
+        "frozenset",
+        "list",
+        "dict",
+        "tuple",
+        "object",
+        "range",
+        "set",
+        "slice",
+    },
+    "copyreg": {"_reconstructor", "__newobj__"},
+    rebuild.__name__: {"view", "dict_view", "array_view", "read_only", "polars_frame", "polars_series"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Takes note whether a value is made of plain data and of known libraries' objects alone."""
+
+    plain = True
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] not in _LIBRARIES and name not in _PLAIN.get(module, ()):
+            self.plain = False
+        return super().find_class(module, name)
+
+
+class _Referring(_Unpickler):
     """Loads a value that refers to objects of what a call was given by their place."""
 
     given: Mapping[int, Any]
@@ -47,12 +80,14 @@ def load(
     stream: bytes | memoryview,
     buffers: Iterable[Any],
     given: Mapping[int, Any] | None = None,
+    plain: set[str] | None = None,
 ) -> dict[str, Any]:
     """Unpickle a group; only for bytes that were verified, inside `rebuild.into`. `given`: as `placed` makes it.
 
-    An exception of the user's code is given an attribute `variable`, the name at which it happened.
+    An exception of the user's code is given an attribute `variable`, the name at which it happened. The names of a
+    group of plain data and known libraries' objects are added to `plain`.
     """
-    unpickler: Any = (pickle.Unpickler if given is None else _Referring)(io.BytesIO(stream), buffers=buffers)
+    unpickler: Any = (_Unpickler if given is None else _Referring)(io.BytesIO(stream), buffers=buffers)
     if given is not None:
         unpickler.given = given
     values = {}
@@ -63,6 +98,8 @@ def load(
             error.variable = name  # type: ignore[attr-defined]
             raise
     remember_sources(unpickler.load())
+    if plain is not None and unpickler.plain:
+        plain.update(names)
     return values
 
 
@@ -74,18 +111,24 @@ def restore(
     *,
     random: bool = True,
     make: bool = True,
-) -> None:
+    ready: Callable[[], object] = lambda: None,
+) -> set[str]:
     """Bind the variables of a verified manifest in a namespace: all of them, or none.
+
+    Returns the names whose values are plain data and known libraries' objects: loading them ran nothing else.
 
     Variables that were not saved become `Unsaved` placeholders; those that the step deleted are deleted;
     the random generators get their state back, if `random`. `names`: bind only these, and delete nothing. What
     recipes make is made last, and what refers to it, unless `make` is false (`make_again` does it). Raises
-    BlobMissing, BlobDamaged and NotRestorable, naming variable and step.
+    BlobMissing, BlobDamaged and NotRestorable, naming variable and step. `ready` is called once all is loaded, before
+    anything is bound; what it raises keeps the namespace as it is.
     """
-    found = values(manifest, namespace, blobs, names)
+    plain: set[str] = set()
+    found = values(manifest, namespace, blobs, names, plain)
     states = None
     if random and manifest.random is not None:
         states = pickle.loads(_read(manifest.random, "random", manifest.step, blobs))
+    ready()
     for variable in manifest.variables:
         if variable.state == "unsaved" and (names is None or variable.name in names):
             found[variable.name] = Unsaved(variable.name, manifest.step, variable.reason)
@@ -104,6 +147,7 @@ def restore(
         namespace.pop(name, None)
     if states is not None:
         set_random(states)
+    return plain
 
 
 def make_again(
@@ -144,17 +188,22 @@ def _made(name: str, make: Any, step: str) -> Any:
 
 
 def values(
-    manifest: Manifest, namespace: dict[str, Any], blobs: BlobStore, names: Collection[str] | None = None
+    manifest: Manifest,
+    namespace: dict[str, Any],
+    blobs: BlobStore,
+    names: Collection[str] | None = None,
+    plain: set[str] | None = None,
 ) -> dict[str, Any]:
     """Return the saved values of a verified manifest, or only those of `names`, without binding them.
 
     What they refer to by name is found in `namespace`. A group of variables that share objects is loaded together.
+    `plain`: as in `load`.
     """
     found: dict[str, Any] = {}
     with _without_gc(), rebuild.into(namespace):
         for group in manifest.groups:
             if names is None or not set(group.names).isdisjoint(names):
-                found |= _load_group(group, manifest.step, blobs)
+                found |= _load_group(group, manifest.step, blobs, plain)
     return found if names is None else {name: value for name, value in found.items() if name in names}
 
 
@@ -194,12 +243,12 @@ def load_random(blob: Blob, blobs: BlobStore) -> None:
     set_random(pickle.loads(read_blob(blob, blobs)))
 
 
-def _load_group(group: Group, step: str, blobs: BlobStore) -> dict[str, Any]:
+def _load_group(group: Group, step: str, blobs: BlobStore, plain: set[str] | None = None) -> dict[str, Any]:
     names = ", ".join(group.names)
     stream = _read(group.stream, names, step, blobs)
     buffers = [_map(blob, names, step, blobs) for blob in group.buffers]
     try:
-        return load(group.names, stream, buffers)
+        return load(group.names, stream, buffers, plain=plain)
     except Exception as error:
         name = getattr(error, "variable", names)
         reason = error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

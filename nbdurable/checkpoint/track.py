@@ -7,12 +7,14 @@ that a cell merely binds again to the very same object are in `analysis.analyse(
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -89,6 +91,7 @@ class Tracker:
         self._constant: dict[
             str, Seen
         ] = {}  # variables whose value can't change as long as it is the same object
+        self._put_back: dict[str, Seen] | None = None  # None: code of the notebook may run
 
     def snapshot(self) -> Snapshot:
         """Look at all user variables."""
@@ -149,8 +152,51 @@ class Tracker:
                 found.add(name)
         return frozenset(found | _shared_otherwise(before, after, both))
 
+    @contextmanager
+    def only_restores(self) -> Iterator[None]:
+        """Take what is put back in the block to be what was recorded of it, without looking at it again.
+
+        Whoever opens the block vouches that nothing but restores happens in it: it does not return to an event loop,
+        and no thread, signal or hook of the notebook's can come in between (`kernel/ahead.py`). What a restore
+        itself may set off ends it: loading an object of a class that is not a known library's (`restore`), and
+        dropping one that was not put back in the block. The garbage collector, which drops objects too, waits.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        self._put_back = {}
+        try:
+            yield
+        finally:
+            self._put_back = None
+            if collects:
+                gc.enable()
+
+    def make_room(self, names: Iterable[str]) -> None:
+        """Take note that what these names hold is about to be dropped."""
+        known = self._put_back
+        if known is not None and any(
+            name in self._namespace
+            and (name not in known or known[name].value() is not self._namespace[name])
+            for name in names
+        ):
+            self._put_back = None
+
+    def put_back(self, names: Iterable[str], fingerprints: Mapping[str, str], plain: Collection[str]) -> None:
+        """Note what a restore has bound, and which fingerprints were recorded; `plain` as `restore` returns it."""
+        if self._put_back is None:
+            return
+        for name in names:
+            if name not in plain:
+                self._put_back = None
+                return
+            if name in fingerprints:
+                self._put_back[name] = Seen(_hold(self._namespace[name]), fingerprints[name])
+
     def fingerprint(self, name: str) -> str:
         """Return the fingerprint of one variable now; raises KeyError where there is none."""
+        known = self._put_back.get(name) if self._put_back else None
+        if known is not None and known.value() is self._namespace[name]:
+            return known.digest
         return self._look(name, self._namespace[name], {}).digest
 
     def is_users(self, name: str) -> bool:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import copy
 import os
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ class Session:
 
     def __init__(self, shell: Any) -> None:
         self.shell = shell
+        self.threads = frozenset(sys._current_frames())  # as long as the notebook has started none
         self.values: dict[str, Any] = shell.user_ns
         run_id = os.environ.get("NBDURABLE_RUN_ID")
         self.headless = run_id is not None

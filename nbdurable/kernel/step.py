@@ -12,7 +12,7 @@ import ast
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ from nbdurable.checkpoint.restore import restore
 from nbdurable.checkpoint.sources import code_digest
 from nbdurable.checkpoint.watched import missing
 from nbdurable.errors import (
+    CheckpointError,
     ControlSignal,
     DurableError,
     NotRestorable,
@@ -78,8 +79,44 @@ class Cell:
     digest: str = ""
     execution: Execution | None = None
     pending: BaseException | None = None  # to be raised by the rewritten cell
-    to_restore: tuple[StepOptions, Manifest, Verdict] | None = None
+    restoring: Restoring | None = None
     gates: dict[str, int] = field(default_factory=dict)  # of a plain cell: how often each was reached
+
+
+@dataclass(frozen=True)
+class Restoring:
+    """A step that is to be restored; `begun` returns once that decision is on disk, or raises what forbids it."""
+
+    name: str
+    manifest: Manifest
+    verdict: Verdict
+    begun: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Considered:
+    """What is decided about a step's cell, and what it was decided by."""
+
+    options: StepOptions
+    tree: ast.Module
+    names: analysis.CellNames
+    code: CodeFacts
+    used: analysis.Uses
+    known: Manifest | None
+    verdict: Verdict
+    again: str | None
+    inputs: Callable[[], dict[str, InputFact]]
+
+    @property
+    def brings_back(self) -> bool:
+        """Tell whether nothing but a restore follows: no code of the notebook runs, and the notebook goes on."""
+        known = self.known
+        return (
+            self.verdict.action == "restore"
+            and known is not None
+            and not known.later
+            and not known.skips_rest
+        )
 
 
 class Steps:
@@ -90,6 +127,7 @@ class Steps:
         self.shell = session.shell
         self._cells: list[Cell] = []
         self.stopped: tuple[str, Verdict, Manifest | None] | None = None  # the step at which that ended
+        self._foreseen: Considered | None = None  # of the cell that IPython runs next
 
     @property
     def cell(self) -> Cell | None:
@@ -195,6 +233,24 @@ class Steps:
         finally:
             self._cells, self.session.bringing = outer, False
 
+    # Called by `ahead.py` ------------------------------------------------------------------------------------
+
+    def foresee(self, source: str, transformed: str, cell_id: str) -> bool:
+        """Tell whether a cell is only restored, and no code of the notebook runs; IPython is to run it next then.
+
+        What keeps it from being decided is told when the cell runs by itself.
+        """
+        self._foreseen = None
+        try:
+            tree = self.shell.compile.ast_parse(transformed, filename="<cell>")
+            found = self._consider(Cell(source, cell_id), tree)
+        except Exception:
+            return False
+        if found is None or not found.brings_back:
+            return False
+        self._foreseen = found
+        return True
+
     # Called by rewritten cells ---------------------------------------------------------------------------------
 
     def fail(self) -> None:
@@ -213,14 +269,15 @@ class Steps:
     def restore(self) -> None:
         """Put a step's checkpoint back: variables, random state and what it displayed."""
         assert self.cell is not None
-        assert self.cell.to_restore is not None
-        options, manifest, verdict = self.cell.to_restore
-        self._put_back(options.name, manifest)
-        self.session.visited.add(options.name)
+        assert self.cell.restoring is not None
+        step, manifest = self.cell.restoring.name, self.cell.restoring.manifest
+        self._put_back(step, manifest, self.cell.restoring.begun)
+        self.session.visited.add(step)
         if not self.session.headless:
             age = span(max(0.0, time.time() - manifest.created_at))
             kept = display.summary(manifest.variables)
-            line = f"↺ {options.name}  restored, {age} old, {verdict.reason}" + (f" · {kept}" if kept else "")
+            reason = self.cell.restoring.verdict.reason
+            line = f"↺ {step}  restored, {age} old, {reason}" + (f" · {kept}" if kept else "")
             display.say(self.shell, "\n  ".join([line, *self._notices(manifest)]))
         elif noticed := self._notices(manifest):
             display.say(self.shell, "\n".join(noticed))
@@ -257,22 +314,40 @@ class Steps:
             recipe = recipes.Recipe(name, value, make, digest(own, execution.made_by()), execution.name)
         recipes.note(recipe)
 
-    def _put_back(self, step: str, manifest: Manifest) -> None:
+    def _put_back(self, step: str, manifest: Manifest, begun: Callable[[], object] = lambda: None) -> None:
         session = self.session
+        told = False
+
+        def ready() -> None:
+            nonlocal told
+            told = True
+            begun()
+            session.tracker.make_room(written)
+
+        written = [*(variable.name for variable in manifest.variables), *manifest.deleted]
         try:
-            outputs = outputs_of(manifest, session.blobs)
-            with capture_output() if manifest.later else nullcontext():  # what recipes print was shown before
-                restore(manifest, session.values, session.blobs)
-        except DurableError as error:
+            try:
+                outputs = outputs_of(manifest, session.blobs)
+                with (
+                    capture_output() if manifest.later else nullcontext()
+                ):  # what recipes print was shown before
+                    plain = restore(manifest, session.values, session.blobs, ready=ready)
+            except DurableError:
+                if not told:
+                    begun()  # who may not drive the run any more is told that first
+                raise
+        except CheckpointError as error:
             error.todo = (error.todo or "run the step again (`%durable rerun NAME`)").replace("NAME", step)
             raise
+        session.tracker.put_back((n for n in written if n in session.values), manifest.fingerprints, plain)
         note_origins(session, manifest)
         replay(self.shell, outputs)
         fault_point("restore-done")
 
     # Deciding ----------------------------------------------------------------------------------------------------
 
-    def _rewrite(self, cell: Cell, tree: ast.Module) -> ast.Module:
+    def _consider(self, cell: Cell, tree: ast.Module) -> Considered | None:
+        """Decide about a step's cell; of a plain one only its names are noted, since it runs anyway."""
         session = self.session
         line = take_marker(tree)
         if line is not None:
@@ -287,15 +362,17 @@ class Steps:
         else:
             cell.names = analysis.analyse(tree, cell.source)
             cell.digest = code_digest(ast.unparse(tree))
-            return tree
+            return None
         self._check_unique(options, cell)
+        return self._weigh(cell, tree, options, is_marked=line is not None)
+
+    def _weigh(self, cell: Cell, tree: ast.Module, options: StepOptions, *, is_marked: bool) -> Considered:
+        session = self.session
         session.run_id  # noqa: B018  raises what keeps steps from running; creates the run where there is none
         session.give(options.name)
-        again = why_again(options, tree, marked=line is not None, every_cell=session.every_cell)
-        body = list(tree.body)
+        again = why_again(options, tree, marked=is_marked, every_cell=session.every_cell)
         names = analysis.analyse(tree, cell.source)
-        code, used = self._facts(cell, tree, names, options, is_marked=line is not None)
-        mentioned = frozenset({*names.loads, *used.inputs})
+        code, used = self._facts(cell, tree, names, options, is_marked=is_marked)
         known = session.manifest(options.name)
         facts: dict[str, InputFact] = {}
 
@@ -318,12 +395,27 @@ class Steps:
                 f"step `{options.name}` is not restored: {verdict.reason}",
                 todo=f"`%durable rerun {options.name}` runs it with the new value",
             )
+        return Considered(options, tree, names, code, used, known, verdict, again, inputs)
+
+    def _rewrite(self, cell: Cell, tree: ast.Module) -> ast.Module:
+        session = self.session
+        decided, self._foreseen = self._foreseen, None
+        if decided is None:
+            decided = self._consider(cell, tree)
+        elif (line := take_marker(tree)) is not None:
+            unmark(line)
+        if decided is None:
+            return tree
+        options, names, used, verdict = decided.options, decided.names, decided.used, decided.verdict
+        known = decided.known
+        body = list(decided.tree.body)
+        mentioned = frozenset({*names.loads, *used.inputs})
         fresh = verdict.action == "execute" and (options.force or options.name in session.to_rerun)
         retry_on = find_retry_on(options, session.values) if verdict.action != "restore" else None
-        if session.bringing and again is None and verdict.action != "restore":
+        if session.bringing and decided.again is None and verdict.action != "restore":
             self.stopped = (options.name, verdict, known)
             return ast.Module([ast.Pass()], type_ignores=[])
-        begun = session.client.call(
+        asked = session.client.ask(
             contract.BEGIN_STEP,
             contract.BeginStep(
                 run_id=session.run_id,
@@ -336,13 +428,19 @@ class Steps:
                 goes_on=session.headless,
             ),
         )
-        if begun.again_in_s is not None:
-            raise Suspended(f"⏸ {options.name} {next_try(begun.again_in_s)}")
-        session.to_rerun.discard(options.name)
-        if verdict.action == "restore":
+
+        def begin() -> contract.Begun:
+            begun = asked()
+            if begun.again_in_s is not None:
+                raise Suspended(f"⏸ {options.name} {next_try(begun.again_in_s)}")
+            return begun
+
+        if verdict.action == "restore":  # loading its values goes on meanwhile
             assert known is not None
-            cell.to_restore = (options, known, verdict)
+            cell.restoring = Restoring(options.name, known, verdict, begin)
             return _only(call("restore"))
+        begun = begin()
+        session.to_rerun.discard(options.name)
         if verdict.action == "continue":
             assert known is not None
             assert known.resume_at is not None
@@ -363,9 +461,9 @@ class Steps:
             tree.body = [call("go_on"), *self._tried(cell.execution, used, tries, known.resume_at)]
             return tree
         cell.execution = Execution(
-            session, options, code, inputs(), body, names, mentioned, verdict, begun.attempt
+            session, options, decided.code, decided.inputs(), body, names, mentioned, verdict, begun.attempt
         )
-        cell.execution.again = again
+        cell.execution.again = decided.again
         cell.execution.recorded_calls = begun.calls
         recipes.forget_step(options.name)
         cell.execution.record()

@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 from threading import Event
 from typing import Any, Literal, TextIO
 
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from nbclient.util import run_sync
+from nbclient.util import ensure_async, run_sync
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 
+from nbdurable.contract import CELL_MARK
 from nbdurable.errors import NotebookError
 from nbdurable.models import ErrorInfo, Run, Step, StepStatus
 from nbdurable.notebooks import is_executed, step_name
@@ -31,6 +33,7 @@ from nbdurable.runner.hooks import Hooks
 from nbdurable.runner.kernels import Kernel
 
 EXTENSION = "nbdurable.kernel.extension"
+AHEAD = "nbdurable.kernel.ahead"
 _DIE_WITH_US = "__import__('ctypes').CDLL(None).prctl(1, 9, 0, 0, 0)"  # PR_SET_PDEATHSIG, SIGKILL
 SUSPENDED, SKIPPED, PAUSED = (
     "Suspended",
@@ -299,6 +302,9 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
         self._assignment = assignment
         self._reply: dict[str, Any] = {}
         self._line_open = False  # the log's last line has no end yet
+        self._kept: frozenset[str] = frozenset()  # ids of cells whose steps may be restored
+        self._at = 0  # the cell that comes next
+        self._began = 0.0
 
     def run(self) -> None:
         """Start the kernel and execute the notebook."""
@@ -336,33 +342,32 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
             )
 
     def _execute_cells(self) -> Outcome:
+        self._kept = self._cells_kept()
+        cells = self.nb.cells
         begun = False
-        for index, cell in enumerate(self.nb.cells):
-            if not begun and self._is_step(cell):
+        while self._at < len(cells):
+            if not begun and self._is_step(cells[self._at]):
                 begun = True
                 self._tell_beginning()
             if self._assignment is not None and self._assignment.stop.is_set():
                 return Outcome("stop", "it was asked to stop")
-            self._reply = {}
-            self.nb_man.cell_start(cell, index)
-            began = time.monotonic()
-            self._log_line(cell, "▶")
+            index = self._at
+            outcome: Outcome | None = self._bring_back(self._leading())
+            if outcome is not None:
+                return outcome
+            if self._at > index:
+                continue
+            cell = cells[index]
+            self._begin_cell(index)
             try:
                 self.execute_cell(cell, index)
             except CellExecutionError:
                 pass  # the reply tells more
             except BaseException:
-                self.nb_man.cell_exception(cell, cell_index=index)
-                self.nb_man.cell_complete(cell, cell_index=index)
-                self._log_line(cell, "✗", "the kernel is gone")
+                self._give_up_cell(index)
                 raise
-            outcome = self._outcome_of(cell)
-            sign = self._settle(cell, index, outcome)
-            self._log_line(cell, sign, f"{time.monotonic() - began:.1f} s")
-            if outcome is not None:
+            if (outcome := self._end_cell(index)) is not None:
                 return outcome
-            if self._assignment is not None and is_last(cell, self._assignment.run):
-                return Outcome("complete", f"it stopped behind step {self._assignment.run.until!r}, as asked")
         return Outcome("complete", "every cell was executed")
 
     def _is_step(self, cell: Any) -> bool:
@@ -373,6 +378,125 @@ class _CellRunner(PapermillNotebookClient):  # type: ignore[misc]
         assignment = self._assignment
         if assignment is not None and assignment.hooks is not None and not assignment.stop.is_set():
             run_sync(assignment.hooks.tell_beginning)(self.kc, assignment.begins)
+
+    def _begin_cell(self, index: int) -> None:
+        cell = self.nb.cells[index]
+        self._reply = {}
+        self.nb_man.cell_start(cell, index)
+        self._began = time.monotonic()
+        self._log_line(cell, "▶")
+
+    def _end_cell(self, index: int) -> Outcome | None:
+        """Settle a cell by its reply; return how it ended the notebook, None where the next one follows."""
+        cell = self.nb.cells[index]
+        outcome = self._outcome_of(cell)
+        sign = self._settle(cell, index, outcome)
+        self._log_line(cell, sign, f"{time.monotonic() - self._began:.1f} s")
+        self._at = index + 1
+        if outcome is None and self._assignment is not None and is_last(cell, self._assignment.run):
+            return Outcome("complete", f"it stopped behind step {self._assignment.run.until!r}, as asked")
+        return outcome
+
+    def _give_up_cell(self, index: int) -> None:
+        cell = self.nb.cells[index]
+        self.nb_man.cell_exception(cell, cell_index=index)
+        self.nb_man.cell_complete(cell, cell_index=index)
+        self._log_line(cell, "✗", "the kernel is gone")
+
+    # Many cells at once -------------------------------------------------------------------------------------
+
+    def _cells_kept(self) -> frozenset[str]:
+        """Return the ids of the cells whose steps are kept, so that the kernel may restore them."""
+        if self._assignment is None:
+            return frozenset()
+        kept = {step.name for step in self._assignment.steps() if step.status is StepStatus.COMPLETED}
+        every = self._assignment.run.steps_mode == "all"
+        return frozenset(
+            cell.id
+            for cell in (self.nb.cells if kept else ())
+            if is_executed(cell) and (step_name(cell.source) or (every and cell.id)) in kept
+        )
+
+    def _leading(self) -> list[int]:
+        """Return the cells from the next one on that may be restored, up to one that runs anyway; not one alone."""
+        found: list[int] = []
+        for index in range(self._at, len(self.nb.cells)):
+            cell = self.nb.cells[index]
+            if not is_executed(cell) and found:
+                continue
+            if cell.get("id") not in self._kept or self._get_timeout(cell) is not None:
+                break
+            found.append(index)
+            if self._assignment is not None and is_last(cell, self._assignment.run):
+                break
+        return found if len(found) > 1 else []
+
+    async def _async_bring_back(self, leading: list[int]) -> Outcome | None:
+        """Have the kernel restore cells, as far as nothing else is to be done, by one request (`kernel/ahead.py`).
+
+        Where it stops, the notebook goes on cell by cell.
+        """
+        if not leading:
+            return None
+        first, cells = self._at, {self.nb.cells[index].id: index for index in leading}
+        sources = [(cell_id, self.nb.cells[index].source) for cell_id, index in cells.items()]
+        self.kc.cell_id = None
+        code = f"__import__({AHEAD!r}, fromlist=['bring_back']).bring_back({sources!r})"
+        sent = self.kc.execute(code, silent=True, store_history=False)
+        saving = asyncio.ensure_future(self._keep_saving())
+        at: int | None = None  # the cell that is restored now
+        outcome: Outcome | None = None
+        try:
+            while (message := await self._next_message(sent)) is not None:
+                mark = message["content"].get("data", {}).get(CELL_MARK)
+                if mark is None:
+                    if at is not None:
+                        self.process_message(message, self.nb.cells[at], at)
+                    continue
+                if at is not None:
+                    outcome = self._end_restored(at, mark["ended"])
+                    at = None
+                if mark["begins"] is not None:
+                    for index in range(self._at, cells[mark["begins"]]):  # text, between two cells
+                        self._begin_cell(index)
+                        self._end_cell(index)
+                    at = cells[mark["begins"]]
+                    self.clear_before_next_output = False
+                    self._begin_cell(at)
+            await self.async_wait_for_reply(sent)
+        except BaseException:
+            if at is not None:
+                self._give_up_cell(at)
+            raise
+        finally:
+            saving.cancel()
+        if self._at == first:  # it knows better than the coordinator what was edited
+            self._kept = frozenset()
+        return outcome
+
+    _bring_back = run_sync(_async_bring_back)
+
+    async def _next_message(self, sent: str) -> dict[str, Any] | None:
+        """Return the kernel's next message about a request, None when it is through with it."""
+        while True:
+            try:
+                message: dict[str, Any] = await ensure_async(self.kc.iopub_channel.get_msg(timeout=1))
+            except Empty:
+                await self._async_check_alive()
+                continue
+            if message["parent_header"].get("msg_id") != sent:
+                continue
+            if message["msg_type"] != "status":
+                return message
+            if message["content"]["execution_state"] == "idle":
+                return None
+
+    def _end_restored(self, index: int, ended: dict[str, Any]) -> Outcome | None:
+        cell = self.nb.cells[index]
+        cell["execution_count"] = ended.get("execution_count")
+        self.code_cells_executed += 1
+        self._reply = ended.get("error", {})
+        return self._end_cell(index)
 
     def _outcome_of(self, cell: Any) -> Outcome | None:
         """Return how a cell ended the notebook; None where the next one follows."""

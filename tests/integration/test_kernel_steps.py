@@ -477,6 +477,73 @@ def test_an_altered_blob_and_a_missing_one_are_refused(kernel: Kernel, home: Hom
     assert "✓ a" in kernel.run(cell, "a").notes
 
 
+def test_one_request_restores_all_that_needs_no_code(kernel: Kernel, home: Home) -> None:
+    """Guarantees 1, 6, 7 and 9, as the runner asks for it: in order, each cell's outputs between marks, up to an edit.
+
+    A thread of the notebook's may change a value in between: then inputs are looked at, and the change is said.
+    """
+    cells = {
+        "a": "%%step a\nrows = [1]\nprint('first')\nrows",
+        "b": "%%step b\nawait __import__('asyncio').sleep(0)\nmore = rows + [2]\nprint('second')",
+        "c": "%%step c\ntotal = sum(more)\ndisplay({'text/plain': 'third'}, raw=True)",
+        "d": "%%step d\nlast = total",
+    }
+    first = {name: kernel.run(source, name) for name, source in cells.items()}
+    restarted(kernel)
+    sent = [*(cells | {"d": "%%step d\nlast = total + 1"}).items()]
+    code = f"__import__('nbdurable.kernel.ahead', fromlist=['_']).bring_back({sent!r})"
+    assert kernel.client is not None
+    waiting = kernel.client.execute(code, silent=True, store_history=False)
+    reply = kernel.collect(waiting)
+    assert reply.status == "ok", reply.error
+    parts: dict[str, list[Any]] = {}
+    ended: list[dict[str, Any]] = []
+    for output in reply.own:
+        mark = output.get("data", {}).get(contract.CELL_MARK)
+        if mark is None:
+            parts[next(reversed(parts))].append(output)
+            continue
+        if mark["ended"]:
+            ended.append(mark["ended"])
+        if mark["begins"]:
+            parts[mark["begins"]] = []
+    assert [one["cell"] for one in ended] == ["a", "b", "c"]
+    assert [one["execution_count"] for one in ended] == [2, 3, 4]
+    assert parts == {
+        name: [{**o, "execution_count": 2} if "execution_count" in o else o for o in first[name].own]
+        for name in ("a", "b", "c")
+    }
+    assert kernel.value("(rows, more, total, 'await' in In[3], 'last' in globals())") == (
+        "([1], [1, 2], 3, True, False)"
+    )
+    reasons = [step.reason for step in the_run(home).steps][:3]
+    assert reasons == ["same code and inputs"] * 3
+    assert "its code changed" in kernel.run(sent[3][1], "d").notes
+
+
+def test_what_the_notebook_may_run_meanwhile_is_seen(kernel: Kernel) -> None:
+    """Guarantee 9: inputs are taken as recorded only where no thread, hook or signal handler of the notebook is."""
+    kernel.run("from nbdurable.kernel import ahead, session")
+    alone = "ahead._is_alone(session.current())"
+    assert kernel.value(alone) == "True"
+    for begin, end in (
+        ("import threading; done = threading.Event(); t = threading.Thread(target=done.wait); t.start()",
+         "done.set(); t.join()"),
+        ("import _thread; lock = _thread.allocate_lock(); lock.acquire()\n"
+         "_thread.start_new_thread(lambda: lock.acquire(), ())",
+         "lock.release()\nwhile len(sys._current_frames()) > known: pass"),
+        ("def hook(*_): pass\nget_ipython().events.register('post_execute', hook)",
+         "get_ipython().events.unregister('post_execute', hook)"),
+        ("import signal; before = signal.signal(signal.SIGUSR1, lambda *_: None)",
+         "signal.signal(signal.SIGUSR1, before)"),
+    ):  # fmt: skip
+        kernel.run("import sys; known = len(sys._current_frames())")
+        assert kernel.run(begin).status == "ok"
+        assert kernel.value(alone) == "False", begin
+        assert kernel.run(end).status == "ok"
+        assert kernel.value(alone) == "True", end
+
+
 def answer(home: Home, wait_id: str, **more: Any) -> None:
     question = contract.AnswerWait(
         wait_id=wait_id, **{"approved": True, "by": "test", "nonce": wait_id, **more}
