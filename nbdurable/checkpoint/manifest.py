@@ -155,6 +155,9 @@ class Manifest(Shape):
     outputs: Blob | None = None  # JSON list of nbformat outputs
     resume_at: int | None = None  # top-level statement at which a waiting cell goes on
     wait_keys: tuple[str, ...] = ()
+    calls: dict[str, int] = Field(
+        default_factory=dict
+    )  # of a waiting step: how many equal calls it made above its gate
     starts: dict[str, int] = Field(
         default_factory=dict
     )  # of a waiting cell: how often it started each run so far

@@ -52,6 +52,7 @@ class Captured:
     outputs: tuple[Output, ...] = ()
     modules: frozenset[str] = frozenset()  # that the values' types come from
     starts: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
     @property
     def unsaved(self) -> set[str]:
@@ -105,8 +106,7 @@ class Execution:
     def begin(self) -> None:
         """Take note of the namespace, right before the body runs."""
         self.before = self.session.tracker.snapshot()
-        self.calls = Calls(self.session, self.name, self.attempt, self.recorded_calls, self.names)
-        self.starts = dict(self.kept.starts) if self.kept else {}
+        self._go_on_from(self.kept)
         self._began = time.perf_counter()
 
     def rewind(self, statement: int) -> None:
@@ -115,12 +115,19 @@ class Execution:
         self._earlier_gates = reached + self._earlier_gates
         self._gates, self._mark, self._at = [], None, None
         before = self.gated if self.gated is not None and self.gated.resume_at else self.kept
-        self.starts = dict(before.starts) if before is not None else {}
+        self.recorded_calls += self.calls.made if self.calls is not None else 0
+        self._go_on_from(before)
+
+    def _go_on_from(self, kept: Manifest | None) -> None:
+        """Count on the calls, and the runs started, that a checkpoint has counted above the statement that follows."""
+        counted = kept.calls if kept is not None else {}
+        self.calls = Calls(self.session, self.name, self.attempt, self.recorded_calls, self.names, counted)
+        self.starts = dict(kept.starts) if kept is not None else {}
 
     def begin_again(self, attempt: int, recorded_calls: int) -> None:
         """Begin another attempt, in the state that was there before."""
         self.attempt, self.recorded_calls = attempt, recorded_calls
-        self.calls = Calls(self.session, self.name, attempt, recorded_calls, self.names)
+        self._go_on_from(self.kept)
         self._began = time.perf_counter()
 
     def made_by(self) -> str:
@@ -247,6 +254,7 @@ class Execution:
             outputs=tuple(self.recorder.finished()),
             modules=saved.modules,
             starts=dict(self.starts),
+            calls=self.calls.numbers() if self.calls is not None else {},
         )
 
     def commit(self) -> tuple[Variable, ...]:
@@ -320,6 +328,7 @@ class Execution:
             resume_at=resume_at,
             wait_keys=wait_keys,
             starts=captured.starts if status == "waiting" else {},
+            calls=captured.calls if status == "waiting" else {},
             skips_rest=self.signal.sentence if isinstance(self.signal, RestSkipped) else None,
         )
         session.blobs.renew(manifest.files())

@@ -15,7 +15,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -128,10 +128,19 @@ def scope(calls: Calls | None) -> str:
 class Calls:
     """The recorded calls of one attempt at a step. Thread-safe.
 
-    `known`: how many calls earlier attempts have recorded. `names`: those of the step's cell.
+    `known`: how many calls earlier attempts have recorded. `names`: those of the step's cell. `before`: how many
+    equal calls the body made above the statement from which it goes on, as `numbers` gave them there.
     """
 
-    def __init__(self, session: Session, step: str, attempt: int, known: int, names: CellNames) -> None:
+    def __init__(
+        self,
+        session: Session,
+        step: str,
+        attempt: int,
+        known: int,
+        names: CellNames,
+        before: Mapping[str, int] | None = None,
+    ) -> None:
         self.session, self.step, self.attempt = session, step, attempt
         self.made = 0
         self.reasons: dict[str, None] = {}  # why calls ran again, each once, in order
@@ -142,7 +151,7 @@ class Calls:
         self._unread = known
         self._known: dict[str, list[tuple[int, SignedManifest]]] = {}
         self._facts: dict[int, tuple[Any, _Facts]] = {}
-        self._equals: dict[str, _Equals] = {}
+        self._equals = {identity: _Equals(number) for identity, number in (before or {}).items()}
         self._keys: dict[str, tuple[dict[str, str], str]] = {}  # identity of a call by key → its arguments
         self.opaque: set[str] = set()  # variables that can't be looked into
         self._notices: dict[str, None] = {}
@@ -314,6 +323,11 @@ class Calls:
         with self._guard:
             heapq.heappush(self._equals[call.identity].free, call.number)
             self.made -= 1
+
+    def numbers(self) -> dict[str, int]:
+        """Return how many equal calls were made so far, by what they are known by."""
+        with self._guard:
+            return {identity: equals.next for identity, equals in self._equals.items()}
 
     # Telling -------------------------------------------------------------------------------------------------
 
