@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 import nbdurable as durable
 from nbdurable.cli.commands import app
 from nbdurable.client import Client
+from nbdurable.contract import LIST_RUNS, ListRuns
 from nbdurable.errors import Untrusted
+from nbdurable.models import RunStatus
 from nbdurable.notebooks import create_headless
 from nbdurable.settings import Home
 from tests.tools import notebooks
@@ -53,6 +55,10 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
         cell = QUEUED.format(mark=str(tmp_path / "executed"))
         book = notebooks.write(theirs.root.parent / "queued.ipynb", ["%load_ext nbdurable", cell])
         with Client(theirs) as client:
+            until(
+                lambda: not client.call(LIST_RUNS, ListRuns(status=RunStatus.RUNNING)).runs,
+                what="the coordinator sees that the kernel has ended",
+            )
             create_headless(client, book)
         assert CliRunner().invoke(app, ["down"]).exit_code == 0
         shutil.copytree(theirs.root.parent, mine.root.parent)
